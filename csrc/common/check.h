@@ -1,0 +1,99 @@
+// Argument checks shared by the CPU and CUDA bindings. The Python wrappers check more and raise
+// ValueError or TypeError; these keep a direct call of torch.ops.flatmtl.* from touching memory it
+// must not touch. Every message names the argument, what it must be, and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace flatmtl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_row_type(const char* name, const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
+                      type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  name, " must be float32, float64, bfloat16 or float16, got scalar type ",
+                  static_cast<int>(type));
+}
+
+inline void check_like(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the dtype of ", other_name);
+  STD_TORCH_CHECK(t.get_device_index() == other.get_device_index() && t.is_cuda() == other.is_cuda(),
+                  name, " must be on the device of ", other_name);
+}
+
+// [T, P], rows of consecutive elements that do not overlap.
+inline void check_rows(const char* name, const Tensor& t) {
+  check_row_type(name, t);
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) >= 1, name, " must be a matrix [T, P] with T >= 1, got ",
+                  t.dim(), " dimensions");
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have stride 1 along its rows, got ",
+                  t.stride(1));
+  STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), name,
+                  " must have rows that do not overlap, got row stride ", t.stride(0));
+}
+
+inline void check_same_rows(const char* name, const Tensor& t, const char* other_name,
+                            const Tensor& other) {
+  check_rows(name, t);
+  check_like(name, t, other_name, other);
+  STD_TORCH_CHECK(t.size(0) == other.size(0) && t.size(1) == other.size(1), name,
+                  " must have the shape of ", other_name, ", [", other.size(0), ", ", other.size(1),
+                  "], got [", t.size(0), ", ", t.size(1), "]");
+}
+
+// A flat row [P].
+inline void check_flat(const char* name, const Tensor& t) {
+  check_row_type(name, t);
+  STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), name, " must be 1-D and contiguous");
+}
+
+inline void check_same_flat(const char* name, const Tensor& t, const char* other_name,
+                            const Tensor& other) {
+  check_flat(name, t);
+  check_like(name, t, other_name, other);
+  STD_TORCH_CHECK(t.size(0) == other.size(0), name, " must have ", other.size(0), " elements, as ",
+                  other_name, ", got ", t.size(0));
+}
+
+// Small dense operands of a solve or a sum.
+inline void check_small(const char* name, const Tensor& t, ScalarType type, const Tensor& device_of,
+                        std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " must have scalar type ", static_cast<int>(type),
+                  ", got ", static_cast<int>(t.scalar_type()));
+  STD_TORCH_CHECK(t.get_device_index() == device_of.get_device_index() &&
+                      t.is_cuda() == device_of.is_cuda(),
+                  name, " must be on the device of the other arguments");
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t d = 0;
+  for (const int64_t size : sizes) fits = fits && t.size(d++) == size;
+  STD_TORCH_CHECK(fits, name, " does not have the shape that the other arguments ask for");
+}
+
+// Tensors laid at ascending offsets of a row, without overlap.
+inline void check_segments(const char* name, const std::vector<Tensor>& tensors,
+                           const std::vector<int64_t>& offsets, const Tensor& row) {
+  STD_TORCH_CHECK(tensors.size() == offsets.size(), "offsets must have one entry for each of ", name,
+                  " (", tensors.size(), "), got ", offsets.size());
+  int64_t end = 0;
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    const std::string which = std::string(name) + "[" + std::to_string(k) + "]";
+    check_like(which.c_str(), tensors[k], "row", row);
+    STD_TORCH_CHECK(tensors[k].is_contiguous(), which, " must be contiguous");
+    STD_TORCH_CHECK(offsets[k] >= end, "offsets[", k, "] must be at least ", end, ", got ", offsets[k]);
+    end = offsets[k] + tensors[k].numel();
+  }
+  STD_TORCH_CHECK(end <= row.numel(), name, " must end within the row (", row.numel(),
+                  " elements), got an end at ", end);
+}
+
+}  // namespace flatmtl

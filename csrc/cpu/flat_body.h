@@ -1,0 +1,212 @@
+// Kernels over flat rows: weighted sums, packing, perturbation. All bandwidth-bound.
+
+// Sum over n elements of f(x, k)^2, where x holds elements k.. of p (zero beyond the end): four
+// vectors at a time, at most 32 terms a lane in float, then double.
+template <class D, class F>
+inline double squares(const typename D::elem* p, int64_t n, F f) {
+  typedef typename D::acc A;
+  constexpr int N = Lanes<A>::n;
+  double total = 0;
+  for (int64_t start = 0; start < n; start += 128 * N) {
+    const int64_t end = n - start < 128 * N ? n : start + 128 * N;
+    vec<A> sum[4] = {};
+    int64_t k = start;
+    for (; k + 4 * N <= end; k += 4 * N)
+      for (int u = 0; u < 4; ++u) {
+        const vec<A> x = f(D::load(p + k + u * N), k + u * N);
+        sum[u] += x * x;
+      }
+    for (; k < end; k += N) {
+      const vec<A> x = f(end - k >= N ? D::load(p + k) : load_some<D>(p + k, end - k), k);
+      sum[0] += x * x;
+    }
+    total += lane_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+  return total;
+}
+
+// One row of weights over a strip of columns, `U` vectors wide, kept in registers.
+template <class D, int U>
+inline void combine_strip(const typename D::elem* jac, int64_t jac_stride, const double* a,
+                          const typename D::elem* sam, int64_t sam_stride, const double* b,
+                          int64_t tasks, vec<typename D::acc>* sum) {
+  typedef typename D::acc A;
+  constexpr int N = Lanes<A>::n;
+  for (int u = 0; u < U; ++u) sum[u] = vec<A>{};
+  for (int64_t i = 0; i < tasks; ++i) {
+    const double bi = b ? b[i] : 0.0;
+    if (a[i] == 0 && bi == 0) continue;
+    const vec<A> wa = splat<A>(static_cast<A>(a[i])), wb = splat<A>(static_cast<A>(bi));
+    const typename D::elem* x = jac + i * jac_stride;
+    const typename D::elem* s = sam + i * sam_stride;
+    for (int u = 0; u < U; ++u) {
+      const vec<A> g = D::load(x + u * N);
+      if (a[i] != 0) sum[u] += wa * g;
+      if (bi != 0) sum[u] += wb * (D::load(s + u * N) - g);
+    }
+  }
+}
+
+template <class D>
+inline vec<typename D::acc> combine_end(const typename D::elem* jac, int64_t jac_stride,
+                                        const double* a, const typename D::elem* sam,
+                                        int64_t sam_stride, const double* b, int64_t tasks,
+                                        int64_t left) {
+  typedef typename D::acc A;
+  vec<A> sum{};
+  for (int64_t i = 0; i < tasks; ++i) {
+    const double bi = b ? b[i] : 0.0;
+    if (a[i] == 0 && bi == 0) continue;
+    const vec<A> g = load_some<D>(jac + i * jac_stride, left);
+    if (a[i] != 0) sum += splat<A>(static_cast<A>(a[i])) * g;
+    if (bi != 0)
+      sum += splat<A>(static_cast<A>(bi)) * (load_some<D>(sam + i * sam_stride, left) - g);
+  }
+  return sum;
+}
+
+template <class D>
+void combine_of(Rows jac, const double* a, Rows sam, const double* b, int64_t tasks, int64_t outputs,
+                void* out, int64_t out_stride, int64_t begin, int64_t end, bool stream) {
+  typedef typename D::acc A;
+  typedef typename D::elem E;
+  constexpr int N = Lanes<A>::n, U = 8;
+  const E* x = static_cast<const E*>(jac.base);
+  const E* s = static_cast<const E*>(sam.base);
+  for (int64_t r = 0; r < outputs; ++r)
+    if (reinterpret_cast<uintptr_t>(static_cast<E*>(out) + r * out_stride + begin) % FLATMTL_VECTOR_BYTES)
+      stream = false;
+  // The strip is the outer loop: for several outputs its rows then stay in the first-level cache.
+  int64_t k = begin;
+  for (; k + U * N <= end; k += U * N)
+    for (int64_t r = 0; r < outputs; ++r) {
+      vec<A> sum[U];
+      combine_strip<D, U>(x + k, jac.stride, a + r * tasks, s ? s + k : s, sam.stride,
+                          b ? b + r * tasks : b, tasks, sum);
+      E* to = static_cast<E*>(out) + r * out_stride + k;
+      if (stream) {
+        for (int u = 0; u < U; ++u) stream_vec<D>(to + u * N, sum[u]);
+      } else {
+        for (int u = 0; u < U; ++u) D::store(to + u * N, sum[u]);
+      }
+    }
+  for (; k < end; k += N)
+    for (int64_t r = 0; r < outputs; ++r) {
+      const int64_t left = end - k < N ? end - k : N;
+      store_some<D>(static_cast<E*>(out) + r * out_stride + k,
+                    combine_end<D>(x + k, jac.stride, a + r * tasks, s ? s + k : s, sam.stride,
+                                   b ? b + r * tasks : b, tasks, left),
+                    left);
+    }
+  if (stream) stream_end();
+}
+
+// The first segment that ends after `position`.
+inline int64_t find_segment(const Segments& segments, int64_t position) {
+  int64_t low = 0, high = segments.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (segments.offset[middle] + segments.numel[middle] > position)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
+// Calls f(k, from, to, position) for every piece of a segment within [begin, end): elements
+// [from, to) of segment k lie at [position, ...) of the flat row.
+template <class F>
+inline void each_piece(const Segments& segments, int64_t begin, int64_t end, F f) {
+  for (int64_t k = find_segment(segments, begin); k < segments.count; ++k) {
+    const int64_t start = segments.offset[k], stop = start + segments.numel[k];
+    if (start >= end) break;
+    const int64_t first = start > begin ? start : begin, last = stop < end ? stop : end;
+    if (first < last) f(k, first - start, last - start, first);
+  }
+}
+
+template <class D>
+double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end) {
+  typedef typename D::elem E;
+  constexpr int N = Lanes<typename D::acc>::n;
+  E* out = static_cast<E*>(row);
+  double total = 0;
+  int64_t done = begin;
+  each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
+    __builtin_memset(out + done, 0, static_cast<size_t>(position - done) * sizeof(E));
+    const E* source = static_cast<const E*>(segments.data[k]) + from;
+    // Small steps, so that what was just copied is still in the first-level cache when it is squared.
+    for (int64_t m = 0; m < to - from; m += 128 * N) {
+      const int64_t n = to - from - m < 128 * N ? to - from - m : 128 * N;
+      __builtin_memcpy(out + position + m, source + m, static_cast<size_t>(n) * sizeof(E));
+      total += squares<D>(source + m, n, [](vec<typename D::acc> v, int64_t) { return v; });
+    }
+    done = position + (to - from);
+  });
+  __builtin_memset(out + done, 0, static_cast<size_t>(end - done) * sizeof(E));
+  return total;
+}
+
+template <class A>
+inline vec<A> magnitude(vec<A> x) {
+  return x < 0 ? -x : x;
+}
+
+template <class D>
+double adaptive_squares_of(const void* saved, const void* row, double eta, int64_t begin,
+                           int64_t end) {
+  typedef typename D::acc A;
+  typedef typename D::elem E;
+  const E* theta = static_cast<const E*>(saved) + begin;
+  const int64_t n = end - begin;
+  const vec<A> shift = splat<A>(static_cast<A>(eta));
+  return squares<D>(static_cast<const E*>(row) + begin, n, [&](vec<A> g, int64_t k) {
+    const vec<A> t = n - k >= Lanes<A>::n ? D::load(theta + k) : load_some<D>(theta + k, n - k);
+    return (magnitude<A>(t) + shift) * g;
+  });
+}
+
+template <class D>
+void perturb_of(const Segments& segments, const void* saved, const void* row, const double* scale,
+                bool adaptive, double eta, int64_t begin, int64_t end) {
+  typedef typename D::acc A;
+  typedef typename D::elem E;
+  constexpr int N = Lanes<A>::n;
+  const vec<A> shift = splat<A>(static_cast<A>(eta));
+  each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
+    const E* theta = static_cast<const E*>(saved) + position;
+    const E* g = static_cast<const E*>(row) + position;
+    E* out = static_cast<E*>(segments.data[k]) + from;
+    const int64_t n = to - from;
+    const A s = static_cast<A>(scale[k]);
+    if (s == 0) {
+      __builtin_memcpy(out, theta, static_cast<size_t>(n) * sizeof(E));
+      return;
+    }
+    const vec<A> factor = splat<A>(s);
+    for (int64_t m = 0; m < n; m += N) {
+      const int64_t left = n - m;
+      const vec<A> t = left >= N ? D::load(theta + m) : load_some<D>(theta + m, left);
+      vec<A> x = left >= N ? D::load(g + m) : load_some<D>(g + m, left);
+      if (adaptive) {
+        const vec<A> size = magnitude<A>(t) + shift;
+        x = size * size * x;
+      }
+      const vec<A> moved = t + factor * x;
+      if (left >= N)
+        D::store(out + m, moved);
+      else
+        store_some<D>(out + m, moved, left);
+    }
+  });
+}
+
+template <class D>
+void restore_of(const Segments& segments, const void* saved, int64_t begin, int64_t end) {
+  typedef typename D::elem E;
+  each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
+    __builtin_memcpy(static_cast<E*>(segments.data[k]) + from, static_cast<const E*>(saved) + position,
+                     static_cast<size_t>(to - from) * sizeof(E));
+  });
+}

@@ -1,0 +1,70 @@
+// The CPU kernels: torch-free, one thread's share of the work each. They are compiled once per
+// instruction set (kernels_<isa>.cpp) and chosen at run time (dispatch.cpp). The drivers (ops.cpp) cut
+// the columns into chunks, run them on torch's thread pool and add the chunks' partial sums in order:
+// the chunks depend on shapes alone, so the bits do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace flatmtl::cpu {
+
+enum class Row { f32, f64, bf16, f16 };
+
+// Rows of a T x P matrix: element (i, k) at base + (i * stride + k) elements.
+struct Rows {
+  const void* base;
+  int64_t stride;
+};
+
+// Tensors laid out at offsets of one flat row.
+struct Segments {
+  void* const* data;
+  const int64_t* offset;
+  const int64_t* numel;
+  int64_t count;
+};
+
+struct Kernels {
+  // partial[i, j] (i <= j, stride T) = sum over columns [begin, end) of x_i x_j, where x = jac, or
+  // sam - jac if sam.base is not null. scratch: gram_scratch(T) bytes, 64-byte aligned.
+  void (*gram)(Row, Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
+               double* partial);
+  int64_t (*gram_scratch)(int64_t tasks);
+  // partial[i] = sum over columns of jac_i^2.
+  void (*row_squares)(Row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial);
+  // out_r[begin, end) = sum_i a_ri jac_i + sum_i b_ri (sam_i - jac_i); a row with a = b = 0 is not
+  // read, nor sam_i where b_ri = 0. a: [R, T]; b: [R, T] or null. stream: write past the caches.
+  void (*combine)(Row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks,
+                  int64_t outputs, void* out, int64_t out_stride, int64_t begin, int64_t end,
+                  bool stream);
+  // row[begin, end) <- the segments' elements, 0 between them; returns the sum of squares.
+  double (*pack)(Row, Segments, void* row, int64_t begin, int64_t end);
+  // sum over [begin, end) of ((|saved| + eta) row)^2
+  double (*adaptive_squares)(Row, const void* saved, const void* row, double eta, int64_t begin,
+                             int64_t end);
+  // Elements [begin, end) of the flat row, into the segments: saved + scale_k * row, adaptive:
+  // saved + scale_k (|saved| + eta)^2 row; saved itself where scale_k = 0. scale: a value a segment.
+  void (*perturb)(Row, Segments, const void* saved, const void* row, const double* scale,
+                  bool adaptive, double eta, int64_t begin, int64_t end);
+  void (*restore)(Row, Segments, const void* saved, int64_t begin, int64_t end);
+};
+
+// The best the processor runs, chosen once. FLATMTL_CPU_ISA=base|avx2|avx512 asks for a lower one.
+const Kernels& kernels();
+const char* isa_name();
+
+constexpr int64_t element_size(Row row) {
+  return row == Row::f64 ? 8 : row == Row::f32 ? 4 : 2;
+}
+
+namespace base {
+const Kernels* table();
+}
+namespace avx2 {
+const Kernels* table();
+}
+namespace avx512 {
+const Kernels* table();
+}
+
+}  // namespace flatmtl::cpu

@@ -1,0 +1,2 @@
+#define FLATMTL_ISA avx2
+#include "kernels_body.h"

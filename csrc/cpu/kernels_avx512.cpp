@@ -1,0 +1,2 @@
+#define FLATMTL_ISA avx512
+#include "kernels_body.h"

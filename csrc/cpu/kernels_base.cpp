@@ -1,0 +1,2 @@
+#define FLATMTL_ISA base
+#include "kernels_body.h"

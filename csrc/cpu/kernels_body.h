@@ -1,0 +1,71 @@
+// Everything of one instruction set. The including .cpp defines FLATMTL_ISA (a namespace name) and is
+// compiled with that set's flags.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace flatmtl::cpu::FLATMTL_ISA {
+namespace {
+
+#include "simd.h"
+#include "flat_body.h"
+#include "gram_body.h"
+
+template <class F>
+inline auto by_row(Row row, F f) {
+  switch (row) {
+    case Row::f64:
+      return f(F64{});
+    case Row::bf16:
+      return f(BF16{});
+    case Row::f16:
+      return f(F16{});
+    default:
+      return f(F32{});
+  }
+}
+
+const Kernels kTable = {
+    [](Row row, Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
+       double* partial) {
+      by_row(row, [&](auto d) { gram_of<decltype(d)>(jac, sam, tasks, begin, end, scratch, partial); });
+    },
+    [](int64_t tasks) {
+      const int64_t a = gram_scratch_of<float>(tasks), b = gram_scratch_of<double>(tasks);
+      return a > b ? a : b;
+    },
+    [](Row row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial) {
+      by_row(row, [&](auto d) { row_squares_of<decltype(d)>(jac, tasks, begin, end, partial); });
+    },
+    [](Row row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks, int64_t outputs,
+       void* out, int64_t out_stride, int64_t begin, int64_t end, bool stream) {
+      by_row(row, [&](auto d) {
+        combine_of<decltype(d)>(jac, a, sam, b, tasks, outputs, out, out_stride, begin, end, stream);
+      });
+    },
+    [](Row row, Segments segments, void* to, int64_t begin, int64_t end) {
+      return by_row(row, [&](auto d) { return pack_of<decltype(d)>(segments, to, begin, end); });
+    },
+    [](Row row, const void* saved, const void* grad, double eta, int64_t begin, int64_t end) {
+      return by_row(row, [&](auto d) {
+        return adaptive_squares_of<decltype(d)>(saved, grad, eta, begin, end);
+      });
+    },
+    [](Row row, Segments segments, const void* saved, const void* grad, const double* scale,
+       bool adaptive, double eta, int64_t begin, int64_t end) {
+      by_row(row, [&](auto d) {
+        perturb_of<decltype(d)>(segments, saved, grad, scale, adaptive, eta, begin, end);
+      });
+    },
+    [](Row row, Segments segments, const void* saved, int64_t begin, int64_t end) {
+      by_row(row, [&](auto d) { restore_of<decltype(d)>(segments, saved, begin, end); });
+    },
+};
+
+}  // namespace
+
+const Kernels* table() { return &kTable; }
+
+}  // namespace flatmtl::cpu::FLATMTL_ISA

@@ -1,0 +1,317 @@
+// The CPU bodies of the operators: checks, chunking, torch's thread pool, fixed-order sums.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "../common/check.h"
+#include "kernels.h"
+
+namespace flatmtl::cpu {
+namespace {
+
+namespace stable = torch::stable;
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kMegabyte = 1 << 20;
+
+Row row_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return Row::f64;
+    case ScalarType::BFloat16:
+      return Row::bf16;
+    case ScalarType::Half:
+      return Row::f16;
+    default:
+      return Row::f32;
+  }
+}
+
+Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0) > 1 ? t.stride(0) : t.size(1)}; }
+
+struct Free {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+using Scratch = std::unique_ptr<void, Free>;
+
+Scratch scratch(int64_t bytes) {
+  return Scratch(::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 64)), std::align_val_t(64)));
+}
+
+// Columns cut into chunks by shape alone. A chunk is a multiple of 1024 columns.
+struct Chunks {
+  int64_t size, count, total;
+
+  int64_t begin(int64_t c) const { return c * size; }
+  int64_t end(int64_t c) const { return std::min(total, (c + 1) * size); }
+};
+
+Chunks cut(int64_t columns, int64_t least, int64_t most_chunks) {
+  const int64_t needed = (columns + most_chunks - 1) / most_chunks;
+  const int64_t size = (std::max(least, needed) + 1023) / 1024 * 1024;
+  return {size, (columns + size - 1) / size, columns};
+}
+
+// f(begin, end) over chunk indices; work: elements of one chunk. Little work stays on one thread.
+template <class F>
+void run(const Chunks& chunks, int64_t work, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work));
+  if (chunks.count <= grain) {
+    if (chunks.count > 0) f(0, chunks.count);
+    return;
+  }
+  stable::parallel_for(0, chunks.count, grain, f);
+}
+
+Tensor doubles(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  const std::vector<int64_t> shape(sizes);
+  return stable::new_empty(like, shape, ScalarType::Double);
+}
+
+// ---------------------------------------------------------------- sums over columns
+
+Tensor gram_of(const Tensor& jac, Rows sam) {
+  const int64_t tasks = jac.size(0), pairs = tasks * tasks;
+  // at most 64 MiB of partial sums
+  const Chunks chunks =
+      cut(jac.size(1), 8192, std::clamp<int64_t>(64 * kMegabyte / (pairs * 8), 16, 1024));
+  const Rows rows = rows_of(jac);
+  const Row row = row_of(jac);
+  const Kernels& k = kernels();
+  std::vector<double> partial(static_cast<size_t>(chunks.count * pairs));
+  run(chunks, chunks.size * tasks, [&](int64_t first, int64_t last) {
+    const Scratch work = scratch(k.gram_scratch(tasks));
+    for (int64_t c = first; c < last; ++c)
+      k.gram(row, rows, sam, tasks, chunks.begin(c), chunks.end(c), work.get(),
+             partial.data() + c * pairs);
+  });
+  Tensor out = doubles(jac, {tasks, tasks});
+  double* g = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < tasks; ++i)
+    for (int64_t j = i; j < tasks; ++j) {
+      double total = 0;
+      for (int64_t c = 0; c < chunks.count; ++c) total += partial[c * pairs + i * tasks + j];
+      g[i * tasks + j] = g[j * tasks + i] = total;
+    }
+  return out;
+}
+
+Tensor gram(const Tensor& jac) {
+  check_rows("jac", jac);
+  return gram_of(jac, Rows{nullptr, 0});
+}
+
+Tensor gram_difference(const Tensor& sam, const Tensor& jac) {
+  check_rows("jac", jac);
+  check_same_rows("sam", sam, "jac", jac);
+  return gram_of(jac, rows_of(sam));
+}
+
+Tensor row_norms(const Tensor& jac) {
+  check_rows("jac", jac);
+  const int64_t tasks = jac.size(0);
+  const Chunks chunks = cut(jac.size(1), 8192, 1024);
+  const Rows rows = rows_of(jac);
+  const Row row = row_of(jac);
+  std::vector<double> partial(static_cast<size_t>(chunks.count * tasks));
+  run(chunks, chunks.size * tasks, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c)
+      kernels().row_squares(row, rows, tasks, chunks.begin(c), chunks.end(c), partial.data() + c * tasks);
+  });
+  Tensor out = doubles(jac, {tasks});
+  double* norm = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < tasks; ++i) {
+    double total = 0;
+    for (int64_t c = 0; c < chunks.count; ++c) total += partial[c * tasks + i];
+    norm[i] = std::sqrt(total);
+  }
+  return out;
+}
+
+// Sum of one double a chunk, f(begin, end).
+template <class F>
+Tensor sum_chunks(const Tensor& row, const F& f) {
+  const Chunks chunks = cut(row.size(0), 16384, 4096);
+  std::vector<double> partial(static_cast<size_t>(chunks.count));
+  run(chunks, chunks.size, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) partial[c] = f(chunks.begin(c), chunks.end(c));
+  });
+  double total = 0;
+  for (const double p : partial) total += p;
+  Tensor out = doubles(row, {});
+  *static_cast<double*>(out.mutable_data_ptr()) = total;
+  return out;
+}
+
+Tensor adaptive_sq_norm(const Tensor& saved, const Tensor& row, double eta) {
+  check_flat("row", row);
+  check_same_flat("saved", saved, "row", row);
+  const Row type = row_of(row);
+  const void *theta = saved.const_data_ptr(), *grad = row.const_data_ptr();
+  return sum_chunks(row, [&](int64_t begin, int64_t end) {
+    return kernels().adaptive_squares(type, theta, grad, eta, begin, end);
+  });
+}
+
+// ---------------------------------------------------------------- weighted sums
+
+const double* small(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
+
+void combine_rows(const Tensor& jac, const double* a, Rows sam, const double* b, int64_t outputs,
+                  const Tensor& out, int64_t out_stride) {
+  const Rows rows = rows_of(jac);
+  const Row row = row_of(jac);
+  const int64_t tasks = jac.size(0), columns = jac.size(1);
+  void* to = out.mutable_data_ptr();
+  // An output beyond the caches is written past them.
+  const bool stream = columns * outputs * element_size(row) >= 8 * kMegabyte;
+  const Chunks chunks = cut(columns, 8192, INT64_MAX / 2);
+  run(chunks, chunks.size * (tasks + outputs), [&](int64_t first, int64_t last) {
+    kernels().combine(row, rows, a, sam, b, tasks, outputs, to, out_stride, chunks.begin(first),
+                      chunks.end(last - 1), stream);
+  });
+}
+
+void combine(const Tensor& jac, const Tensor& weights, const Tensor& out) {
+  check_rows("jac", jac);
+  check_small("weights", weights, ScalarType::Double, jac, {jac.size(0)});
+  check_flat("out", out);
+  check_like("out", out, "jac", jac);
+  STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
+                  out.size(0));
+  combine_rows(jac, small(weights), Rows{nullptr, 0}, nullptr, 1, out, out.size(0));
+}
+
+void combine_flat(const Tensor& jac, const Tensor& a, const Tensor& sam, const Tensor& b,
+                  const Tensor& out) {
+  check_rows("jac", jac);
+  check_same_rows("sam", sam, "jac", jac);
+  check_small("a", a, ScalarType::Double, jac, {jac.size(0)});
+  check_small("b", b, ScalarType::Double, jac, {jac.size(0)});
+  check_flat("out", out);
+  check_like("out", out, "jac", jac);
+  STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
+                  out.size(0));
+  combine_rows(jac, small(a), rows_of(sam), small(b), 1, out, out.size(0));
+}
+
+void project(const Tensor& jac, const Tensor& coefficients, const Tensor& out) {
+  check_rows("jac", jac);
+  check_rows("out", out);
+  check_like("out", out, "jac", jac);
+  check_small("coefficients", coefficients, ScalarType::Double, jac, {out.size(0), jac.size(0)});
+  STD_TORCH_CHECK(out.size(1) == jac.size(1), "out must have ", jac.size(1), " columns, got ",
+                  out.size(1));
+  combine_rows(jac, small(coefficients), Rows{nullptr, 0}, nullptr, out.size(0), out,
+               rows_of(out).stride);
+}
+
+Tensor affinity(const Tensor& gram, const Tensor& losses, double lr) {
+  const int64_t tasks = gram.size(0);
+  check_small("gram", gram, ScalarType::Double, gram, {tasks, tasks});
+  check_small("losses", losses, ScalarType::Double, gram, {tasks});
+  Tensor out = doubles(gram, {tasks, tasks});
+  const double *g = small(gram), *loss = small(losses);
+  double* z = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t j = 0; j < tasks; ++j) {
+    const bool sound = loss[j] > 0 && std::isfinite(loss[j]);
+    for (int64_t i = 0; i < tasks; ++i)
+      z[j * tasks + i] = sound ? lr * g[j * tasks + i] / loss[j] : std::nan("");
+  }
+  return out;
+}
+
+// ---------------------------------------------------------------- segments of a flat row
+
+// The pointer table of a tensor list; empty tensors are left out, so that segments are ascending.
+struct Table {
+  std::vector<void*> data;
+  std::vector<int64_t> offset, numel, index;
+
+  Table(const std::vector<Tensor>& tensors, const std::vector<int64_t>& offsets) {
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      const int64_t n = tensors[k].numel();
+      if (n == 0) continue;
+      data.push_back(tensors[k].data_ptr());
+      offset.push_back(offsets[k]);
+      numel.push_back(n);
+      index.push_back(static_cast<int64_t>(k));
+    }
+  }
+  Segments view() const {
+    return {data.data(), offset.data(), numel.data(), static_cast<int64_t>(data.size())};
+  }
+};
+
+Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
+                 const std::vector<int64_t>& offsets) {
+  check_flat("row", row);
+  check_segments("grads", grads, offsets, row);
+  const Table table(grads, offsets);
+  const Row type = row_of(row);
+  void* to = row.mutable_data_ptr();
+  return sum_chunks(row, [&](int64_t begin, int64_t end) {
+    return kernels().pack(type, table.view(), to, begin, end);
+  });
+}
+
+void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tensor& row,
+              const Tensor& sq_norm, const std::vector<int64_t>& offsets,
+              const std::vector<double>& rho, bool adaptive, double eta) {
+  check_flat("row", row);
+  check_same_flat("saved", saved, "row", row);
+  check_segments("params", params, offsets, row);
+  check_small("sq_norm", sq_norm, ScalarType::Double, row, {});
+  STD_TORCH_CHECK(rho.size() == params.size(), "rho must have one entry for each of params (",
+                  params.size(), "), got ", rho.size());
+  const Table table(params, offsets);
+  const double norm2 = *small(sq_norm);
+  const double inverse = norm2 > 0 && std::isfinite(norm2) ? 1.0 / std::sqrt(norm2) : 0.0;
+  std::vector<double> scale;
+  for (const int64_t k : table.index) scale.push_back(rho[static_cast<size_t>(k)] * inverse);
+  const Row type = row_of(row);
+  const void *theta = saved.const_data_ptr(), *grad = row.const_data_ptr();
+  const Chunks chunks = cut(row.size(0), 16384, INT64_MAX / 2);
+  run(chunks, chunks.size, [&](int64_t first, int64_t last) {
+    kernels().perturb(type, table.view(), theta, grad, scale.data(), adaptive, eta,
+                      chunks.begin(first), chunks.end(last - 1));
+  });
+}
+
+void restore_(const std::vector<Tensor>& params, const Tensor& saved,
+              const std::vector<int64_t>& offsets) {
+  check_flat("saved", saved);
+  check_segments("params", params, offsets, saved);
+  const Table table(params, offsets);
+  const Row type = row_of(saved);
+  const void* theta = saved.const_data_ptr();
+  const Chunks chunks = cut(saved.size(0), 16384, INT64_MAX / 2);
+  run(chunks, chunks.size, [&](int64_t first, int64_t last) {
+    kernels().restore(type, table.view(), theta, chunks.begin(first), chunks.end(last - 1));
+  });
+}
+
+}  // namespace
+}  // namespace flatmtl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(flatmtl, CPU, m) {
+  using namespace flatmtl::cpu;
+  m.impl("row_norms", TORCH_BOX(&row_norms));
+  m.impl("gram", TORCH_BOX(&gram));
+  m.impl("gram_difference", TORCH_BOX(&gram_difference));
+  m.impl("combine", TORCH_BOX(&combine));
+  m.impl("combine_flat", TORCH_BOX(&combine_flat));
+  m.impl("project", TORCH_BOX(&project));
+  m.impl("affinity", TORCH_BOX(&affinity));
+  m.impl("pack_row_", TORCH_BOX(&pack_row_));
+  m.impl("adaptive_sq_norm", TORCH_BOX(&adaptive_sq_norm));
+  m.impl("perturb_", TORCH_BOX(&perturb_));
+  m.impl("restore_", TORCH_BOX(&restore_));
+}

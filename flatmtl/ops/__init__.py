@@ -1,0 +1,398 @@
+"""The operators flatmtl is made of, on flat rows of task gradients.
+
+``jac`` is the T x P matrix of task gradients: one row a task, any row stride, float32, float64,
+bfloat16 or float16. Sums of products are float64 and the same bits on every run, whatever the number
+of threads. Nothing here reads a value on the host. Each operator runs its C++ or CUDA body where that
+is loaded, and plain torch (``flatmtl.ops.reference``) elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatmtl.ops import _check, _library, _schema, reference
+
+_library.load()
+
+__all__ = [
+    "adaptive_sq_norm",
+    "affinity",
+    "combine",
+    "combine_flat",
+    "draw_order_",
+    "gram",
+    "gram_difference",
+    "pack_row_",
+    "perturb_",
+    "project",
+    "reference",
+    "restore_",
+    "row_norms",
+    "solve_mgda",
+    "solve_pcgrad",
+]
+
+OPERATORS = tuple(_schema.SCHEMAS)
+_ops = torch.ops.flatmtl
+
+
+def row_norms(jac: Tensor) -> Tensor:
+    """Euclidean norms of the rows.
+
+    Args:
+        jac: [T, P].
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        ValueError, TypeError: ``jac`` is not a matrix of rows.
+    """
+    return _ops.row_norms.default(_check.rows("jac", jac))
+
+
+def gram(jac: Tensor) -> Tensor:
+    """The Gram matrix G = J J^T of the rows; exactly symmetric.
+
+    Args:
+        jac: [T, P].
+
+    Returns:
+        float64 [T, T].
+
+    Raises:
+        ValueError, TypeError: ``jac`` is not a matrix of rows.
+    """
+    return _ops.gram.default(_check.rows("jac", jac))
+
+
+def gram_difference(sam: Tensor, jac: Tensor) -> Tensor:
+    """The Gram matrix of the rows ``sam - jac``, the differences formed one by one.
+
+    (Expanding the product instead would cancel when the two are close, as they are for a small rho.)
+
+    Args:
+        sam: [T, P].
+        jac: [T, P], dtype and device of ``sam``.
+
+    Returns:
+        float64 [T, T].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices differ.
+    """
+    jac = _check.rows("jac", jac)
+    _pair("sam", _check.rows("sam", sam), jac)
+    return _ops.gram_difference.default(sam, jac)
+
+
+def _pair(name: str, other: Tensor, jac: Tensor) -> None:
+    _check.like(name, other, "jac", jac)
+    _check.shape(name, other, *jac.shape)
+
+
+def _out_row(out: Tensor | None, jac: Tensor) -> Tensor:
+    if out is None:
+        return jac.new_empty(jac.shape[1])
+    _check.like("out", _check.flat("out", out), "jac", jac)
+    _check.shape("out", out, jac.shape[1])
+    _check.no_overlap("out", out, "jac", jac)
+    return out
+
+
+def combine(jac: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """The weighted sum of the rows, d = sum_i weights_i jac_i.
+
+    A row of weight exactly 0 is not read, so that NaN in it stays there.
+
+    Args:
+        jac: [T, P].
+        weights: float32 or float64 [T], on the device of ``jac``.
+        out: [P], dtype and device of ``jac``; allocated if None. Must not share memory with ``jac``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    jac = _check.rows("jac", jac)
+    scale = _check.weights("weights", weights, jac)
+    out = _out_row(out, jac)
+    _ops.combine.default(jac, scale, out)
+    return out
+
+
+def combine_flat(
+    jac: Tensor, a: Tensor, sam: Tensor, b: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """FS-MTL's update in one pass, d = sum_i a_i jac_i + sum_i b_i (sam_i - jac_i).
+
+    Args:
+        jac: [T, P], gradients of the losses.
+        a: float32 or float64 [T], weights of the losses' gradients.
+        sam: [T, P], gradients at the perturbed parameters.
+        b: float32 or float64 [T], weights of the flat parts. ``sam_i`` is not read where ``b_i`` is 0.
+        out: [P]; allocated if None.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    jac = _check.rows("jac", jac)
+    _pair("sam", _check.rows("sam", sam), jac)
+    scale_a, scale_b = _check.weights("a", a, jac), _check.weights("b", b, jac)
+    out = _out_row(out, jac)
+    _check.no_overlap("out", out, "sam", sam)
+    _ops.combine_flat.default(jac, scale_a, sam, scale_b, out)
+    return out
+
+
+def project(jac: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+    """Linear combinations of the rows, out_r = sum_k coefficients_rk jac_k.
+
+    With PCGrad's coefficients, the projected task gradients themselves.
+
+    Args:
+        jac: [T, P].
+        coefficients: float32 or float64 [R, T]; a zero skips its row.
+        out: [R, P]; allocated if None. Must not share memory with ``jac``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    jac = _check.rows("jac", jac)
+    matrix = _check.tensor("coefficients", coefficients, _check.SMALL_TYPES)
+    _check.like("coefficients", matrix, "jac", jac, dtype=False)
+    if matrix.dim() != 2 or matrix.shape[1] != jac.shape[0]:
+        raise ValueError(
+            f"coefficients must have shape [R, {jac.shape[0]}], got {list(matrix.shape)}"
+        )
+    if out is None:
+        out = jac.new_empty(matrix.shape[0], jac.shape[1])
+    else:
+        _check.like("out", _check.rows("out", out), "jac", jac)
+        _check.shape("out", out, matrix.shape[0], jac.shape[1])
+        _check.no_overlap("out", out, "jac", jac)
+    _ops.project.default(jac, matrix.to(torch.float64).contiguous(), out)
+    return out
+
+
+def affinity(gram: Tensor, losses: Tensor, lr: float) -> Tensor:
+    """First-order inter-task affinity, Z_ji = lr * G_ji / L_j: row = recipient, column = source.
+
+    To first order, the relative fall of task j's loss under a plain SGD step of size ``lr`` on task i
+    (Fifty et al., arXiv 2109.04617, Eq. 1, expanded).
+
+    Args:
+        gram: float32 or float64 [T, T].
+        losses: [T]. A row whose loss is not positive and finite becomes NaN.
+        lr: step size, the loss's unit over the squared gradient norm's.
+
+    Returns:
+        float64 [T, T].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    square = _check.tensor("gram", gram, _check.SMALL_TYPES)
+    if square.dim() != 2 or square.shape[0] != square.shape[1]:
+        raise ValueError(f"gram must have shape [T, T], got {list(square.shape)}")
+    vector = _check.tensor("losses", losses)
+    _check.like("losses", vector, "gram", square, dtype=False)
+    _check.shape("losses", vector, square.shape[0])
+    return _ops.affinity.default(
+        square.to(torch.float64).contiguous(), vector.to(torch.float64).contiguous(), float(lr)
+    )
+
+
+def pack_row_(row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int]) -> Tensor:
+    """Copies gradients into one row and returns its squared norm, in one pass.
+
+    Args:
+        row: [P], contiguous. All of it is written: what no gradient covers becomes 0.
+        grads: tensors of any shape, dtype and device of ``row``; flattened in row-major order.
+        offsets: where each begins in ``row``, in elements; ascending, without overlap.
+
+    Returns:
+        float64, 0-dim.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; ``row`` is then as it was.
+    """
+    row = _check.flat("row", row)
+    _check.segments("grads", grads, offsets, row)
+    return _ops.pack_row_.default(row, [g.contiguous() for g in grads], list(offsets))
+
+
+def adaptive_sq_norm(saved: Tensor, row: Tensor, eta: float = 0.0) -> Tensor:
+    """The squared norm of (|saved| + eta) * row, ASAM's divisor (Kwon et al., arXiv 2102.11600).
+
+    Args:
+        saved: [P], the flat parameters.
+        row: [P], their flat gradient.
+        eta: added to |saved|; 0 is the form without it.
+
+    Returns:
+        float64, 0-dim.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    row = _check.flat("row", row)
+    _pair_flat(saved, row)
+    return _ops.adaptive_sq_norm.default(saved, row, float(eta))
+
+
+def _pair_flat(saved: Tensor, row: Tensor) -> None:
+    _check.like("saved", _check.flat("saved", saved), "row", row)
+    _check.shape("saved", saved, row.shape[0])
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    saved: Tensor,
+    row: Tensor,
+    sq_norm: Tensor,
+    offsets: Sequence[int],
+    rho: Sequence[float],
+    *,
+    adaptive: bool = False,
+    eta: float = 0.0,
+) -> None:
+    """Writes the perturbed parameters: saved + rho * row / norm, norm = sqrt(sq_norm).
+
+    With ``adaptive``, saved + rho * (|saved| + eta)^2 * row / norm, ``sq_norm`` then being
+    ``adaptive_sq_norm``'s. Where the norm is 0 or not finite the parameters become ``saved`` exactly.
+
+    Args:
+        params: contiguous tensors, written in their own storage.
+        saved: [P], the unperturbed parameters.
+        row: [P], the gradient.
+        sq_norm: float64, 0-dim, on the device; not read on the host.
+        offsets: where each parameter begins in ``saved`` and ``row``.
+        rho: radius for each parameter.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; nothing is then written.
+    """
+    row = _check.flat("row", row)
+    _pair_flat(saved, row)
+    _check_params(params, offsets, row)
+    if len(rho) != len(params):
+        raise ValueError(f"rho must have one entry for each of params ({len(params)}), got {len(rho)}")
+    _check.like("sq_norm", _check.tensor("sq_norm", sq_norm, (torch.float64,)), "row", row, dtype=False)
+    _check.shape("sq_norm", sq_norm)
+    _ops.perturb_.default(
+        list(params), saved, row, sq_norm, list(offsets), [float(r) for r in rho], adaptive, float(eta)
+    )
+
+
+def _check_params(params: Sequence[Tensor], offsets: Sequence[int], row: Tensor) -> None:
+    _check.segments("params", params, offsets, row)
+    for k, param in enumerate(params):
+        if not param.is_contiguous():
+            raise ValueError(f"params[{k}] must be contiguous, got stride {list(param.stride())}")
+
+
+def restore_(params: Sequence[Tensor], saved: Tensor, offsets: Sequence[int]) -> None:
+    """Copies the saved parameters back into their own storage, bit for bit.
+
+    Args:
+        params: contiguous tensors.
+        saved: [P].
+        offsets: where each parameter begins in ``saved``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; nothing is then written.
+    """
+    saved = _check.flat("saved", saved)
+    _check_params(params, offsets, saved)
+    _ops.restore_.default(list(params), saved, list(offsets))
+
+
+def draw_order_(rng: Tensor, tasks: int, batch: int = 1) -> Tensor:
+    """Random task orders, a permutation of 0..tasks-1 for every row of every problem.
+
+    Args:
+        rng: int64 [2], (seed, step) on the device; step is advanced by one.
+        tasks: T.
+        batch: B.
+
+    Returns:
+        int64 [B, T, T]; the same for the same seed and step on every device.
+
+    Raises:
+        ValueError, TypeError: ``rng`` is not int64 [2]; ``tasks`` or ``batch`` is below 1.
+    """
+    _check.tensor("rng", rng, (torch.int64,))
+    _check.shape("rng", rng, 2)
+    if tasks < 1 or batch < 1:
+        raise ValueError(f"tasks and batch must be at least 1, got {tasks} and {batch}")
+    return _ops.draw_order_.default(rng, tasks, batch)
+
+
+def _batched(gram: Tensor) -> Tensor:
+    square = gram.to(torch.float64).contiguous()
+    return square.unsqueeze(0) if square.dim() == 2 else square
+
+
+def solve_pcgrad(gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """PCGrad's weights (Yu et al., arXiv 2001.06782, Alg. 1), in the sum form.
+
+    Args:
+        gram: float32 or float64 [T, T] or [B, T, T].
+        order: int64, the shape of ``gram``: row i lists the tasks in the order in which task i is
+            projected on them; i itself is passed over.
+
+    Returns:
+        weights float64 [T] (sum over tasks of the coefficients), coefficients float64 [T, T] (row i:
+        the projected gradient of task i), status int64; each with a leading B if ``gram`` has one.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    square = _check.gram("gram", gram)
+    _check.tensor("order", order, (torch.int64,))
+    _check.like("order", order, "gram", square, dtype=False)
+    _check.shape("order", order, *square.shape)
+    orders = order.contiguous()
+    single = square.dim() == 2
+    weights, coefficients, status = _ops.solve_pcgrad.default(
+        _batched(square), orders.unsqueeze(0) if single else orders
+    )
+    return (weights[0], coefficients[0], status[0]) if single else (weights, coefficients, status)
+
+
+def solve_mgda(gram: Tensor, ridge: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """MGDA's weights: min w'Gw over the simplex, exactly (csrc/solvers/mgda.h).
+
+    Args:
+        gram: float32 or float64 [T, T] or [B, T, T].
+        ridge: added to the diagonal of the cosine matrix; by default 1e-10 for a float64 Gram and
+            1e-6 for a float32 one.
+
+    Returns:
+        weights float64 [T], status int64, residual float64 (of the optimality conditions in the cosine
+        form, largest right-hand side 1); each with a leading B if ``gram`` has one.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes do not fit, or ``ridge`` is negative.
+    """
+    square = _check.gram("gram", gram)
+    if ridge is None:
+        ridge = 1e-10 if square.dtype == torch.float64 else 1e-6
+    if not ridge >= 0:
+        raise ValueError(f"ridge must be at least 0, got {ridge}")
+    weights, status, residual = _ops.solve_mgda.default(_batched(square), float(ridge))
+    if square.dim() == 2:
+        return weights[0], status[0], residual[0]
+    return weights, status, residual

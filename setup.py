@@ -1,0 +1,154 @@
+"""Builds the native parts; everything else about the package is in pyproject.toml.
+
+Three shared objects, by one ninja file:
+
+  flatmtl/libflatmtl_cpu.so    operators for CPU tensors        (LibTorch stable ABI, torch >= 2.10)
+  flatmtl/libflatmtl_cuda.so   operators for CUDA tensors       (the same; nvcc, static cudart)
+  flatmtl/_core.*.so           what is no tensor operator       (pybind11)
+
+FLATMTL_CUDA=auto (default)  builds the CUDA library if nvcc is found
+             1               fails without nvcc
+             0               leaves it out
+TORCH_CUDA_ARCH_LIST         architectures, default "8.0;9.0;10.0;12.0+PTX"
+MAX_JOBS                     compile jobs at once
+
+Without a C++ compiler the package installs as pure Python and runs on its reference operators.
+Whether a GPU is there at build time plays no part.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+ARCHS = "8.0;9.0;10.0;12.0+PTX"
+STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+WARN = "-Wall -Wextra -Wno-maybe-uninitialized"  # gcc's own AVX-512 headers trip the last one
+ISA_FLAGS = {
+    "kernels_avx2": "-mavx2 -mfma -mf16c",
+    "kernels_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+    " -mprefer-vector-width=512",
+}
+
+
+def find_nvcc() -> Path | None:
+    """nvcc from CUDA_HOME or the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    return Path(found).resolve() if found else None
+
+
+def wanted_nvcc() -> Path | None:
+    """The nvcc to build with, or None to leave CUDA out; FLATMTL_CUDA decides."""
+    choice = os.environ.get("FLATMTL_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        sys.exit(f"FLATMTL_CUDA must be 0, 1 or auto, got {choice!r}")
+    nvcc = None if choice == "0" else find_nvcc()
+    if choice == "1" and nvcc is None:
+        sys.exit("FLATMTL_CUDA=1 needs nvcc: none in CUDA_HOME/bin nor on the PATH")
+    return nvcc
+
+
+def cuda_version(nvcc: Path) -> str:
+    """The toolkit's release, as in "13.0"."""
+    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    return text.split("release ")[1].split(",")[0]
+
+
+def gencode(archs: str) -> str:
+    """nvcc's -gencode flags for a list like "8.0;9.0+PTX"."""
+    flags = []
+    for entry in archs.replace(" ", ";").split(";"):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+def ninja_file(build: Path, out: Path, core: Path) -> str:
+    """The text of build.ninja: objects in `build`, libraries in `out`, the pybind11 module at `core`."""
+    import pybind11
+    import torch
+
+    torch_dir = Path(torch.__file__).parent
+    torch_include = f"-I{torch_dir}/include -I{torch_dir}/include/torch/csrc/api/include"
+    torch_link = f"-L{torch_dir}/lib -Wl,--no-as-needed -ltorch_cpu"
+    nvcc = wanted_nvcc()
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHS) if nvcc else ""
+    info = {"TORCH": torch.__version__, "CUDA": cuda_version(nvcc) if nvcc else "", "ARCHS": archs}
+    defines = " ".join(f"-DFLATMTL_BUILD_{k}='\"{v}\"'" for k, v in info.items())
+    python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
+    cxx = os.environ.get("CXX", "g++")
+    common = "-std=c++17 -O3 -fPIC -fvisibility=hidden -DNDEBUG"
+    lines = [
+        "ninja_required_version = 1.5",
+        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {common} {WARN} $flags -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {cxx} -shared $in -o $out -Wl,--no-undefined $libs",
+    ]
+
+    def compile_all(folder: str, pattern: str, rule: str, flags: str) -> str:
+        objects = []
+        for source in sorted((ROOT / "csrc" / folder).glob(pattern)):
+            target = build / folder / f"{source.name}.o"
+            extra = ISA_FLAGS.get(source.stem, "") if source.suffix == ".cpp" else ""
+            lines.append(f"build {target}: {rule} {source}\n  flags = {flags} {extra}")
+            objects.append(str(target))
+        return " ".join(objects)
+
+    cpu = compile_all("cpu", "*.cpp", "cxx", f"{STABLE} {torch_include}")
+    lines.append(f"build {out}/libflatmtl_cpu.so: link {cpu}\n  libs = {torch_link}")
+    module = compile_all("core", "*.cpp", "cxx", f"{python} {defines}")
+    lines.append(f"build {core}: link {module}\n  libs = -Wl,--unresolved-symbols=ignore-all")
+    if nvcc:
+        root = nvcc.parent.parent
+        lib = next((p for p in (root / "lib64", root / "targets/x86_64-linux/lib", root / "lib")
+                    if (p / "libcudart_static.a").exists()), root / "lib64")
+        lines += [
+            f"rule nvcc\n  command = {nvcc} -ccbin {cxx} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
+            f" -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v {gencode(archs)} $flags -c $in -o $out"
+            " 2> $out.log || (cat $out.log >&2; false)\n  depfile = $out.d\n  deps = gcc",
+            f"rule stub\n  command = {cxx} -x c -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out",
+            f"build {build}/stub/libtorch_cuda.so: stub {ROOT}/csrc/cuda/stub.c",
+        ]
+        objects = compile_all("cuda", "*.cu", "nvcc", f"{STABLE} -DUSE_CUDA {torch_include}")
+        lines.append(
+            f"build {out}/libflatmtl_cuda.so: link {objects} | {build}/stub/libtorch_cuda.so\n"
+            f"  libs = {torch_link} -L{build}/stub -ltorch_cuda -L{lib} -lcudart_static -ldl -lrt"
+            " -lpthread"
+        )
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):
+    """Runs ninja in place of setuptools' own compiler calls."""
+
+    def run(self) -> None:
+        """Builds every library, or none where there is no C++ compiler."""
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            if os.environ.get("FLATMTL_CUDA") == "1":
+                sys.exit("FLATMTL_CUDA=1 needs a C++ compiler: set CXX or install g++")
+            print("flatmtl: no C++ compiler; installing without compiled operators", file=sys.stderr)
+            return
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        core = Path(self.get_ext_fullpath("flatmtl._core")).resolve()
+        core.parent.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(ninja_file(build, core.parent, core))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *jobs], check=True)
+
+    def get_outputs(self) -> list[str]:
+        """What was built, for an installer's records."""
+        folder = Path(self.get_ext_fullpath("flatmtl._core")).parent
+        return [str(p) for p in folder.glob("*.so")]
+
+
+setup(ext_modules=[Extension("flatmtl._core", sources=[])], cmdclass={"build_ext": NinjaBuild})
