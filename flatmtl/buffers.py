@@ -1,0 +1,70 @@
+"""Module buffers (BatchNorm statistics) across the perturbed passes, which must not change them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class BufferKeeper:
+    """Keeps a model's buffers as they are now and puts them back, in their own storage."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = model
+        self._copies: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+
+    def save(self) -> None:
+        """Takes copies."""
+        if self._model is None:
+            return
+        self._buffers = list(self._model.buffers())
+        same = len(self._copies) == len(self._buffers) and all(
+            c.shape == b.shape and c.dtype == b.dtype and c.device == b.device
+            for c, b in zip(self._copies, self._buffers, strict=True)
+        )
+        if not same:
+            self._copies = [torch.empty_like(b) for b in self._buffers]
+        _copy(self._copies, self._buffers)
+
+    def restore(self) -> None:
+        """Puts the copies back."""
+        if self._model is not None:
+            _copy(self._buffers, self._copies)
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        with torch.no_grad():
+            torch._foreach_copy_(to, source)
+
+
+@contextmanager
+def watch_for_running_statistics(active: bool) -> Iterator[None]:
+    """Warns if a layer updates running statistics inside; used where no model was given to keep them."""
+    if not active:
+        yield
+        return
+    found: set[str] = set()
+
+    def look(module: nn.Module, _: object) -> None:
+        keeps = isinstance(module, nn.modules.batchnorm._NormBase)
+        if keeps and module.training and module.track_running_stats:
+            found.add(type(module).__name__)
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if found:
+        warnings.warn(
+            f"{', '.join(sorted(found))} updates its running statistics in the perturbed passes too: "
+            "give MultiTaskOptimizer the model (model=) to keep them to the clean pass",
+            stacklevel=4,
+        )

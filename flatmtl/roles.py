@@ -1,0 +1,135 @@
+"""Which parameters are shared between tasks and which belong to one task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from flatmtl.block import Block
+from flatmtl.losses import TaskName
+
+Gradients = Sequence[Tensor | None]
+
+
+def named_shared(
+    shared: Iterable[Tensor] | None, known: Sequence[Tensor], label: Callable[[Tensor], str]
+) -> list[Tensor] | None:
+    """The caller's list of shared parameters, checked against the optimizer's.
+
+    Raises:
+        TypeError, ValueError: an entry is no parameter of the optimizer, or is given twice.
+    """
+    if shared is None:
+        return None
+    if isinstance(shared, Tensor):
+        raise TypeError("shared must be an iterable of parameters, got a Tensor")
+    listed = list(shared)
+    ids = {id(p) for p in known}
+    seen: set[int] = set()
+    for k, param in enumerate(listed):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"shared[{k}] must be a parameter, got {type(param).__name__}")
+        if id(param) not in ids:
+            raise ValueError(
+                f"shared[{k}] must be one of the optimizer's parameters, got another tensor of shape "
+                f"{list(param.shape)}"
+            )
+        if id(param) in seen:
+            raise ValueError(f"shared must name every parameter once, got {label(param)} twice")
+        seen.add(id(param))
+    return listed
+
+
+class Roles:
+    """The parameters' roles, found from which tasks' gradients reach them.
+
+    Shared are those that the caller named, or else those reached by at least two tasks (by the only
+    one, where there is only one). A parameter that no task has reached yet has no role.
+
+    Attributes:
+        params: the trainable parameters, in the optimizer's order.
+        shared: their block, [T, P] rows; None if there are none.
+        own: task -> the block of its own parameters, one row.
+        shared_index: positions in ``params`` of the shared block's parameters.
+        own_index: task -> positions of its own block's parameters.
+        settled: whether the blocks are laid out.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        tasks: Sequence[TaskName],
+        named: Sequence[Tensor] | None,
+        label: Callable[[Tensor], str],
+    ) -> None:
+        self.params = list(params)
+        self.tasks = list(tasks)
+        self._named = None if named is None else {id(p) for p in named}
+        self._label = label
+        self._reach: list[set[int]] = [set() for _ in params]
+        self.shared: Block | None = None
+        self.own: dict[int, Block] = {}
+        self.shared_index: list[int] = []
+        self.own_index: dict[int, list[int]] = {}
+        self.settled = False
+
+    def _is_shared(self, k: int) -> bool:
+        if self._named is not None:
+            return id(self.params[k]) in self._named
+        return len(self._reach[k]) >= 2 or len(self.tasks) == 1
+
+    def note(self, task: int, grads: Gradients) -> bool:
+        """Notes what one task's gradients reach. True if the roles have to be settled (again).
+
+        Raises:
+            ValueError: a parameter that belonged to one task is reached by another, or a gradient is
+                sparse.
+        """
+        fresh = False
+        for k, grad in enumerate(grads):
+            if grad is None or task in self._reach[k]:
+                continue
+            if self.settled and self._reach[k] and not self._is_shared(k):
+                owner = next(iter(self._reach[k]))
+                raise ValueError(
+                    f"{self._label(self.params[k])} must keep one role: it belonged to task "
+                    f"{self.tasks[owner]!r} alone, and task {self.tasks[task]!r} reaches it now; name "
+                    "the shared parameters with shared="
+                )
+            if grad.layout != self.params[k].layout:
+                raise ValueError(
+                    f"{self._label(self.params[k])} must have a dense gradient, got layout {grad.layout}"
+                )
+            fresh = fresh or not self._reach[k]
+            self._reach[k].add(task)
+        return fresh
+
+    def settle(self) -> None:
+        """Gives every reached parameter its role and lays out the blocks.
+
+        Raises:
+            ValueError: a parameter outside ``shared=`` is reached by two tasks, or dtypes or devices
+                differ within a role.
+        """
+        self.shared_index, self.own_index = [], {}
+        for k, reach in enumerate(self._reach):
+            if not reach:
+                continue
+            if self._is_shared(k):
+                self.shared_index.append(k)
+            elif len(reach) == 1:
+                self.own_index.setdefault(next(iter(reach)), []).append(k)
+            else:
+                names = [self.tasks[t] for t in sorted(reach)]
+                raise ValueError(
+                    f"shared must name {self._label(self.params[k])}, or only one task may reach it: "
+                    f"tasks {names} do"
+                )
+        self.shared = self._block(self.shared_index, len(self.tasks)) if self.shared_index else None
+        self.own = {task: self._block(index, 1) for task, index in self.own_index.items()}
+        self.settled = True
+
+    def _block(self, index: Sequence[int], rows: int) -> Block:
+        chosen = [self.params[k] for k in index]
+        return Block(chosen, [self._label(p) for p in chosen], rows)

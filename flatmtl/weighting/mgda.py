@@ -1,0 +1,21 @@
+"""MGDA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flatmtl import ops
+from flatmtl.weighting._base import SolveStatus, Weighting
+
+
+class MGDA(Weighting):
+    """Multiple-gradient descent (Desideri 2012; Sener and Koltun, arXiv 1810.04650): exact.
+
+    The shortest vector in the convex hull of the task gradients: min w'Gw, w >= 0, sum w = 1. Solved to
+    the end by an active set, where Frank-Wolfe iterations stop short. A task whose gradient is zero is
+    left out (strictly, the solution would then be zero), one that is not finite likewise.
+    """
+
+    def _solve(self, gram: Tensor) -> tuple[Tensor, SolveStatus]:
+        weights, bits, residual = ops.solve_mgda(gram)
+        return weights, SolveStatus(bits, residual)
