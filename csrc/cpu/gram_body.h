@@ -21,31 +21,47 @@ inline int64_t block_columns(int64_t tasks) {
   return columns < 64 ? 64 : columns;
 }
 
+constexpr int kSumLanes = Lanes<double>::n;
+
+// to[lane] += v, in double; a float vector is first folded in half.
+inline void add_lanes(double* to, vec<double> v) { store_vec<double>(to, load_vec<double>(to) + v); }
+inline void add_lanes(double* to, vec<float> v) {
+  typedef float half __attribute__((vector_size(kSumLanes * 4)));
+  half parts[2];
+  __builtin_memcpy(parts, &v, sizeof(v));
+  const half folded = parts[0] + parts[1];
+  store_vec<double>(to, load_vec<double>(to) + __builtin_convertvector(folded, vec<double>));
+}
+
 // sums[pair][lane] in double, row-major over (a, b). I x J rows; diagonal: only b >= a.
 template <class A, int I, int J, bool diagonal>
 inline void tile(const A* const* x, const A* const* y, int64_t columns, int64_t ahead, double* sums) {
   vec<A> total[I][J];
+#pragma GCC unroll 4
   for (int a = 0; a < I; ++a)
+#pragma GCC unroll 4
     for (int b = 0; b < J; ++b) total[a][b] = vec<A>{};
   for (int64_t k = 0; k < columns; k += Lanes<A>::n) {
     vec<A> right[J];
+#pragma GCC unroll 4
     for (int b = 0; b < J; ++b) right[b] = load_vec<A>(y[b] + k);
     if constexpr (diagonal) {
       // each row comes from memory here first: ask for its next block meanwhile
+#pragma GCC unroll 4
       for (int b = 0; b < J; ++b) __builtin_prefetch(y[b] + k + ahead, 0, 3);
     }
-    for (int a = 0; a < I; ++a) {
+  #pragma GCC unroll 4
+  for (int a = 0; a < I; ++a) {
       const vec<A> left = diagonal ? right[a] : load_vec<A>(x[a] + k);
+#pragma GCC unroll 4
       for (int b = diagonal ? a : 0; b < J; ++b) total[a][b] += left * right[b];
     }
   }
-  typedef double wide __attribute__((vector_size(Lanes<A>::n * 8)));
-  typedef double wide_loose __attribute__((vector_size(Lanes<A>::n * 8), aligned(8), may_alias));
+#pragma GCC unroll 4
   for (int a = 0; a < I; ++a)
-    for (int b = diagonal ? a : 0; b < J; ++b) {
-      wide_loose* at = reinterpret_cast<wide_loose*>(sums + (a * J + b) * Lanes<A>::n);
-      *at = *at + __builtin_convertvector(total[a][b], wide);
-    }
+#pragma GCC unroll 4
+    for (int b = diagonal ? a : 0; b < J; ++b)
+      add_lanes(sums + (a * J + b) * kSumLanes, total[a][b]);
 }
 
 template <class A, int I, bool diagonal>
@@ -84,7 +100,7 @@ inline int64_t tile_count(int64_t tasks) {
 template <class A>
 inline int64_t gram_scratch_of(int64_t tasks) {
   constexpr int R = tile_rows<A>();
-  return (tasks * 8 + 63) / 64 * 64 + tile_count<A>(tasks) * R * R * Lanes<A>::n * 8 +
+  return (tasks * 8 + 63) / 64 * 64 + tile_count<A>(tasks) * R * R * kSumLanes * 8 +
          tasks * block_columns<A>(tasks) * static_cast<int64_t>(sizeof(A));
 }
 
@@ -111,7 +127,7 @@ void gram_of(Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void
   constexpr int R = tile_rows<A>(), N = Lanes<A>::n;
   const A** rows = static_cast<const A**>(scratch);
   double* sums = reinterpret_cast<double*>(static_cast<char*>(scratch) + (tasks * 8 + 63) / 64 * 64);
-  const int64_t sums_size = tile_count<A>(tasks) * R * R * N;
+  const int64_t sums_size = tile_count<A>(tasks) * R * R * kSumLanes;
   A* buffer = reinterpret_cast<A*>(sums + sums_size);
   for (int64_t k = 0; k < sums_size; ++k) sums[k] = 0;
 
@@ -134,7 +150,7 @@ void gram_of(Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void
     double* at = sums;
     for (int64_t i = 0; i < tasks; i += R) {
       const int64_t height = tasks - i < R ? tasks - i : R;
-      for (int64_t j = i; j < tasks; j += R, at += R * R * N) {
+      for (int64_t j = i; j < tasks; j += R, at += R * R * kSumLanes) {
         const int64_t width = tasks - j < R ? tasks - j : R;
         tile_any<A>(rows, i, height, j, width, padded, direct ? block : 0, at);
       }
@@ -143,12 +159,13 @@ void gram_of(Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void
 
   const double* at = sums;
   for (int64_t i = 0; i < tasks; i += R) {
-    for (int64_t j = i; j < tasks; j += R, at += R * R * N) {
+    for (int64_t j = i; j < tasks; j += R, at += R * R * kSumLanes) {
       const int64_t height = tasks - i < R ? tasks - i : R, width = tasks - j < R ? tasks - j : R;
       for (int64_t a = 0; a < height; ++a)
         for (int64_t b = i == j ? a : 0; b < width; ++b) {
           double total = 0;
-          for (int lane = 0; lane < N; ++lane) total += at[(a * width + b) * N + lane];
+          for (int lane = 0; lane < kSumLanes; ++lane)
+            total += at[(a * width + b) * kSumLanes + lane];
           partial[(i + a) * tasks + j + b] = total;
         }
     }
