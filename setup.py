@@ -109,8 +109,14 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     lines.append(f"build {core}: link {module}\n  libs = -Wl,--unresolved-symbols=ignore-all")
     if nvcc:
         root = nvcc.parent.parent
-        lib = next((p for p in (root / "lib64", root / "targets/x86_64-linux/lib", root / "lib")
-                    if (p / "libcudart_static.a").exists()), root / "lib64")
+        lib = next(
+            (
+                p
+                for p in (root / "lib64", root / "targets/x86_64-linux/lib", root / "lib")
+                if (p / "libcudart_static.a").exists()
+            ),
+            root / "lib64",
+        )
         lines += [
             f"rule nvcc\n  command = {nvcc} -ccbin {cxx} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
             f" -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v {gencode(archs)} $flags -c $in -o $out"
@@ -135,7 +141,9 @@ class NinjaBuild(build_ext):
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             if os.environ.get("FLATMTL_CUDA") == "1":
                 sys.exit("FLATMTL_CUDA=1 needs a C++ compiler: set CXX or install g++")
-            print("flatmtl: no C++ compiler; installing without compiled operators", file=sys.stderr)
+            print(
+                "flatmtl: no C++ compiler; installing without compiled operators", file=sys.stderr
+            )
             return
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from flatmtl import ops
@@ -16,7 +15,8 @@ def _flat_dims(param: Tensor) -> list[int] | None:
     """The order of dimensions in which ``param`` lies consecutively in memory; None if the usual one."""
     if param.is_contiguous():
         return None
-    dims = sorted(range(param.dim()), key=lambda d: (-param.stride(d), d))
+    strides = param.stride()
+    dims = sorted(range(param.dim()), key=lambda d: (-strides[d], d))
     return dims if param.permute(dims).is_contiguous() else []
 
 
@@ -42,7 +42,9 @@ class Block:
         self._dims = [_flat_dims(p) for p in params]
         for dims, label in zip(self._dims, labels, strict=True):
             if dims == []:
-                raise ValueError(f"params must be dense in memory, got {label} with gaps or overlaps")
+                raise ValueError(
+                    f"params must be dense in memory, got {label} with gaps or overlaps"
+                )
         step = ALIGNMENT // first.element_size()
         self.offsets: list[int] = []
         size = 0
@@ -76,7 +78,8 @@ class Block:
     def _flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors shaped like the parameters, their elements in the order of the row."""
         return [
-            t if dims is None else t.permute(dims) for t, dims in zip(tensors, self._dims, strict=True)
+            t if dims is None else t.permute(dims)
+            for t, dims in zip(tensors, self._dims, strict=True)
         ]
 
     def pack(self, row: Tensor, grads: Sequence[Tensor | None]) -> Tensor:

@@ -73,7 +73,9 @@ def _unpack(task: int, roles: Roles) -> Gradients:
     """The gradients that ``_pack`` put away, as views."""
     grads: list[Tensor | None] = [None] * len(roles.params)
     if roles.shared is not None:
-        for k, view in zip(roles.shared_index, roles.shared.views(roles.shared.jac[task]), strict=True):
+        for k, view in zip(
+            roles.shared_index, roles.shared.views(roles.shared.jac[task]), strict=True
+        ):
             grads[k] = view
     if task in roles.own:
         block = roles.own[task]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-TaskName: TypeAlias = Union[int, str]
-Losses: TypeAlias = Union[Tensor, Sequence[Tensor], Mapping[str, Tensor]]
+TaskName: TypeAlias = int | str
+Losses: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ def read_losses(losses: object) -> TaskLosses:
                 f"losses must be a 1-D tensor with one entry a task, got shape {list(losses.shape)}"
             )
         if not losses.requires_grad:
-            raise ValueError("losses must have a graph to go back through (requires_grad), got none")
+            raise ValueError(
+                "losses must have a graph to go back through (requires_grad), got none"
+            )
         outputs = _vector(losses)
         return TaskLosses(
             list(range(len(outputs))),

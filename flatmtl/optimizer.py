@@ -17,7 +17,7 @@ from flatmtl.losses import Losses, TaskLosses, read_losses
 from flatmtl.nonfinite import NonfiniteWatch
 from flatmtl.roles import Roles, named_shared
 from flatmtl.sharpness import SAM, check_rho
-from flatmtl.weighting import SolveStatus, Weighting
+from flatmtl.weighting import Weighting
 
 Closure = Callable[..., Losses]
 
@@ -71,7 +71,9 @@ class MultiTaskOptimizer(Optimizer):
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
                 "base_optimizer must be a torch.optim.Optimizer, got "
-                + (base_optimizer if isinstance(base_optimizer, type) else type(base_optimizer)).__name__
+                + (
+                    base_optimizer if isinstance(base_optimizer, type) else type(base_optimizer)
+                ).__name__
             )
         if not isinstance(weighting, Weighting):
             raise TypeError(
@@ -213,7 +215,9 @@ class MultiTaskOptimizer(Optimizer):
             if self.sharpness is not None:
                 raise ValueError("closure must be given with sharpness: it runs several passes")
             if not self._pending:
-                raise RuntimeError("closure must be given, or backward(losses) called before step()")
+                raise RuntimeError(
+                    "closure must be given, or backward(losses) called before step()"
+                )
             self._pending = False
             self.base_optimizer.step()
             return None
@@ -260,7 +264,7 @@ class MultiTaskOptimizer(Optimizer):
             "finite": dict(zip(self._roles.tasks, self._finite.tolist(), strict=True))
         }
         if self._roles.shared is not None:
-            result["loss"]: SolveStatus = self.weighting.last_status()
+            result["loss"] = self.weighting.last_status()
             if self.flat_weighting is not None and self._flat_steps:
                 result["flat"] = self.flat_weighting.last_status()
         return result
@@ -269,7 +273,12 @@ class MultiTaskOptimizer(Optimizer):
         """id(parameter) -> rho; empty without sharpness."""
         if self.sharpness is None:
             return {}
-        return {id(p): rho for g in self.param_groups for rho in [check_rho(g["rho"])] for p in g["params"]}
+        return {
+            id(p): rho
+            for g in self.param_groups
+            for rho in [check_rho(g["rho"])]
+            for p in g["params"]
+        }
 
     def _capture(self, losses: TaskLosses) -> tuple[Roles, Captured]:
         params = [p for p in self._all_params() if p.requires_grad]
@@ -277,9 +286,15 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError("params must hold at least one that requires grad, got none")
         roles = self._roles
         if roles is not None and losses.names != roles.tasks:
-            raise ValueError(f"losses must be of the tasks {roles.tasks}, as before, got {losses.names}")
+            raise ValueError(
+                f"losses must be of the tasks {roles.tasks}, as before, got {losses.names}"
+            )
         changed = roles is None or len(params) != len(roles.params)
-        if roles is None or changed or any(a is not b for a, b in zip(params, roles.params, strict=True)):
+        if (
+            roles is None
+            or changed
+            or any(a is not b for a, b in zip(params, roles.params, strict=True))
+        ):
             roles = Roles(params, losses.names, self._shared, self._label)
         captured = capture(losses, roles, params[0].device)
         self._roles = roles  # only once its roles held
@@ -318,8 +333,10 @@ class MultiTaskOptimizer(Optimizer):
             return captured.shared_sq.diag()  # the packing has counted the norms already
         return ops.gram(roles.shared.jac)
 
-    def _flat_gradients(self, closure: Closure, losses: TaskLosses, radii: dict[int, float]) -> None:
-        assert self.sharpness is not None and self.flat_weighting is not None
+    def _flat_gradients(
+        self, closure: Closure, losses: TaskLosses, radii: dict[int, float]
+    ) -> None:
+        assert self.flat_weighting is not None
         roles, captured = self._capture(losses)
         finite = self._finite_tasks(captured)
         self._check_finite(roles, finite)
@@ -359,7 +376,9 @@ class MultiTaskOptimizer(Optimizer):
             ops.combine_flat(jac, loss_weights, sam, flat_weights, roles.shared.update)
         self._write_grads(roles, captured, finite, perturbed=True)
 
-    def _perturb(self, roles: Roles, captured: Captured, task: int, radii: dict[int, float]) -> None:
+    def _perturb(
+        self, roles: Roles, captured: Captured, task: int, radii: dict[int, float]
+    ) -> None:
         assert self.sharpness is not None
         pairs = []
         if roles.shared is not None:

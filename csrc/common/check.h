@@ -24,19 +24,22 @@ inline void check_row_type(const char* name, const Tensor& t) {
                   static_cast<int>(type));
 }
 
-inline void check_like(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
-  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the dtype of ", other_name);
-  STD_TORCH_CHECK(t.get_device_index() == other.get_device_index() && t.is_cuda() == other.is_cuda(),
-                  name, " must be on the device of ", other_name);
+inline void check_like(const char* name, const Tensor& t, const char* other_name,
+                       const Tensor& other) {
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the dtype of ",
+                  other_name);
+  STD_TORCH_CHECK(
+      t.get_device_index() == other.get_device_index() && t.is_cuda() == other.is_cuda(), name,
+      " must be on the device of ", other_name);
 }
 
 // [T, P], rows of consecutive elements that do not overlap.
 inline void check_rows(const char* name, const Tensor& t) {
   check_row_type(name, t);
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) >= 1, name, " must be a matrix [T, P] with T >= 1, got ",
-                  t.dim(), " dimensions");
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have stride 1 along its rows, got ",
-                  t.stride(1));
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) >= 1, name,
+                  " must be a matrix [T, P] with T >= 1, got ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name,
+                  " must have stride 1 along its rows, got ", t.stride(1));
   STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), name,
                   " must have rows that do not overlap, got row stride ", t.stride(0));
 }
@@ -69,9 +72,9 @@ inline void check_small(const char* name, const Tensor& t, ScalarType type, cons
                         std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must have scalar type ", static_cast<int>(type),
                   ", got ", static_cast<int>(t.scalar_type()));
-  STD_TORCH_CHECK(t.get_device_index() == device_of.get_device_index() &&
-                      t.is_cuda() == device_of.is_cuda(),
-                  name, " must be on the device of the other arguments");
+  STD_TORCH_CHECK(
+      t.get_device_index() == device_of.get_device_index() && t.is_cuda() == device_of.is_cuda(),
+      name, " must be on the device of the other arguments");
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
   bool fits = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t d = 0;
@@ -82,14 +85,15 @@ inline void check_small(const char* name, const Tensor& t, ScalarType type, cons
 // Tensors laid at ascending offsets of a row, without overlap.
 inline void check_segments(const char* name, const std::vector<Tensor>& tensors,
                            const std::vector<int64_t>& offsets, const Tensor& row) {
-  STD_TORCH_CHECK(tensors.size() == offsets.size(), "offsets must have one entry for each of ", name,
-                  " (", tensors.size(), "), got ", offsets.size());
+  STD_TORCH_CHECK(tensors.size() == offsets.size(), "offsets must have one entry for each of ",
+                  name, " (", tensors.size(), "), got ", offsets.size());
   int64_t end = 0;
   for (size_t k = 0; k < tensors.size(); ++k) {
     const std::string which = std::string(name) + "[" + std::to_string(k) + "]";
     check_like(which.c_str(), tensors[k], "row", row);
     STD_TORCH_CHECK(tensors[k].is_contiguous(), which, " must be contiguous");
-    STD_TORCH_CHECK(offsets[k] >= end, "offsets[", k, "] must be at least ", end, ", got ", offsets[k]);
+    STD_TORCH_CHECK(offsets[k] >= end, "offsets[", k, "] must be at least ", end, ", got ",
+                    offsets[k]);
     end = offsets[k] + tensors[k].numel();
   }
   STD_TORCH_CHECK(end <= row.numel(), name, " must end within the row (", row.numel(),

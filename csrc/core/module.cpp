@@ -23,6 +23,7 @@ PYBIND11_MODULE(_core, m) {
         info["cuda_archs"] = FLATMTL_BUILD_ARCHS;
         return info;
       },
-      "What this build was made with: compiler, torch headers, CUDA toolkit ('' if built without) and "
+      "What this build was made with: compiler, torch headers, CUDA toolkit ('' if built without) "
+      "and "
       "the CUDA architectures.");
 }

@@ -21,8 +21,9 @@ Choice choose() {
     if (std::strcmp(asked, "base") == 0) return false;
     return std::strcmp(asked, "avx2") != 0 || std::strcmp(name, "avx2") == 0;
   };
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
     return {avx512::table(), "avx512"};
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
@@ -39,6 +40,10 @@ const Choice& choice() {
 }  // namespace
 
 const Kernels& kernels() { return *choice().table; }
-const char* isa_name() { return choice().name; }
 
 }  // namespace flatmtl::cpu
+
+// For `python -m flatmtl info`, by ctypes.
+extern "C" __attribute__((visibility("default"))) const char* flatmtl_cpu_isa() {
+  return flatmtl::cpu::choice().name;
+}

@@ -66,15 +66,17 @@ inline vec<typename D::acc> combine_end(const typename D::elem* jac, int64_t jac
 }
 
 template <class D>
-void combine_of(Rows jac, const double* a, Rows sam, const double* b, int64_t tasks, int64_t outputs,
-                void* out, int64_t out_stride, int64_t begin, int64_t end, bool stream) {
+void combine_of(Rows jac, const double* a, Rows sam, const double* b, int64_t tasks,
+                int64_t outputs, void* out, int64_t out_stride, int64_t begin, int64_t end,
+                bool stream) {
   typedef typename D::acc A;
   typedef typename D::elem E;
   constexpr int N = Lanes<A>::n, U = 8;
   const E* x = static_cast<const E*>(jac.base);
   const E* s = static_cast<const E*>(sam.base);
   for (int64_t r = 0; r < outputs; ++r)
-    if (reinterpret_cast<uintptr_t>(static_cast<E*>(out) + r * out_stride + begin) % FLATMTL_VECTOR_BYTES)
+    if (reinterpret_cast<uintptr_t>(static_cast<E*>(out) + r * out_stride + begin) %
+        FLATMTL_VECTOR_BYTES)
       stream = false;
   // The strip is the outer loop: for several outputs its rows then stay in the first-level cache.
   int64_t k = begin;
@@ -136,7 +138,8 @@ double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end) 
   each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
     __builtin_memset(out + done, 0, static_cast<size_t>(position - done) * sizeof(E));
     const E* source = static_cast<const E*>(segments.data[k]) + from;
-    // Small steps, so that what was just copied is still in the first-level cache when it is squared.
+    // Small steps, so that what was just copied is still in the first-level cache when it is
+    // squared.
     for (int64_t m = 0; m < to - from; m += 128 * N) {
       const int64_t n = to - from - m < 128 * N ? to - from - m : 128 * N;
       __builtin_memcpy(out + position + m, source + m, static_cast<size_t>(n) * sizeof(E));
@@ -206,7 +209,8 @@ template <class D>
 void restore_of(const Segments& segments, const void* saved, int64_t begin, int64_t end) {
   typedef typename D::elem E;
   each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
-    __builtin_memcpy(static_cast<E*>(segments.data[k]) + from, static_cast<const E*>(saved) + position,
+    __builtin_memcpy(static_cast<E*>(segments.data[k]) + from,
+                     static_cast<const E*>(saved) + position,
                      static_cast<size_t>(to - from) * sizeof(E));
   });
 }

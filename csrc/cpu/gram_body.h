@@ -1,9 +1,9 @@
 // Gram of a chunk of columns. Floor: read T P (2 T P for the difference).
 //
-// A block of columns, sized to stay in the first-level cache, is multiplied tile by tile: R x R rows
-// at a time with the R^2 sums in vector registers, the upper triangle only. float sums run over one
-// block (at most 64 terms a lane), then go to double. Half types and differences are widened into a
-// buffer block by block; float and double rows are read where they lie.
+// A block of columns, sized to stay in the first-level cache, is multiplied tile by tile: R x R
+// rows at a time with the R^2 sums in vector registers, the upper triangle only. float sums run
+// over one block (at most 64 terms a lane), then go to double. Half types and differences are
+// widened into a buffer block by block; float and double rows are read where they lie.
 
 template <class A>
 constexpr int tile_rows() {
@@ -24,7 +24,9 @@ inline int64_t block_columns(int64_t tasks) {
 constexpr int kSumLanes = Lanes<double>::n;
 
 // to[lane] += v, in double; a float vector is first folded in half.
-inline void add_lanes(double* to, vec<double> v) { store_vec<double>(to, load_vec<double>(to) + v); }
+inline void add_lanes(double* to, vec<double> v) {
+  store_vec<double>(to, load_vec<double>(to) + v);
+}
 inline void add_lanes(double* to, vec<float> v) {
   typedef float half __attribute__((vector_size(kSumLanes * 4)));
   half parts[2];
@@ -35,7 +37,8 @@ inline void add_lanes(double* to, vec<float> v) {
 
 // sums[pair][lane] in double, row-major over (a, b). I x J rows; diagonal: only b >= a.
 template <class A, int I, int J, bool diagonal>
-inline void tile(const A* const* x, const A* const* y, int64_t columns, int64_t ahead, double* sums) {
+inline void tile(const A* const* x, const A* const* y, int64_t columns, int64_t ahead,
+                 double* sums) {
   vec<A> total[I][J];
 #pragma GCC unroll 4
   for (int a = 0; a < I; ++a)
@@ -50,8 +53,8 @@ inline void tile(const A* const* x, const A* const* y, int64_t columns, int64_t 
 #pragma GCC unroll 4
       for (int b = 0; b < J; ++b) __builtin_prefetch(y[b] + k + ahead, 0, 3);
     }
-  #pragma GCC unroll 4
-  for (int a = 0; a < I; ++a) {
+#pragma GCC unroll 4
+    for (int a = 0; a < I; ++a) {
       const vec<A> left = diagonal ? right[a] : load_vec<A>(x[a] + k);
 #pragma GCC unroll 4
       for (int b = diagonal ? a : 0; b < J; ++b) total[a][b] += left * right[b];
@@ -114,7 +117,8 @@ inline void widen(const typename D::elem* jac, const typename D::elem* sam, int6
     if (left >= N)
       x = sam ? D::load(sam + k) - D::load(jac + k) : D::load(jac + k);
     else if (left > 0)
-      x = sam ? load_some<D>(sam + k, left) - load_some<D>(jac + k, left) : load_some<D>(jac + k, left);
+      x = sam ? load_some<D>(sam + k, left) - load_some<D>(jac + k, left)
+              : load_some<D>(jac + k, left);
     store_vec<typename D::acc>(to + k, x);
   }
 }
@@ -126,7 +130,8 @@ void gram_of(Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void
   typedef typename D::elem E;
   constexpr int R = tile_rows<A>(), N = Lanes<A>::n;
   const A** rows = static_cast<const A**>(scratch);
-  double* sums = reinterpret_cast<double*>(static_cast<char*>(scratch) + (tasks * 8 + 63) / 64 * 64);
+  double* sums =
+      reinterpret_cast<double*>(static_cast<char*>(scratch) + (tasks * 8 + 63) / 64 * 64);
   const int64_t sums_size = tile_count<A>(tasks) * R * R * kSumLanes;
   A* buffer = reinterpret_cast<A*>(sums + sums_size);
   for (int64_t k = 0; k < sums_size; ++k) sums[k] = 0;

@@ -1,7 +1,7 @@
 // The CPU kernels: torch-free, one thread's share of the work each. They are compiled once per
-// instruction set (kernels_<isa>.cpp) and chosen at run time (dispatch.cpp). The drivers (ops.cpp) cut
-// the columns into chunks, run them on torch's thread pool and add the chunks' partial sums in order:
-// the chunks depend on shapes alone, so the bits do not depend on the number of threads.
+// instruction set (kernels_<isa>.cpp) and chosen at run time (dispatch.cpp). The drivers (ops.cpp)
+// cut the columns into chunks, run them on torch's thread pool and add the chunks' partial sums in
+// order: the chunks depend on shapes alone, so the bits do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,8 @@ struct Kernels {
   double (*adaptive_squares)(Row, const void* saved, const void* row, double eta, int64_t begin,
                              int64_t end);
   // Elements [begin, end) of the flat row, into the segments: saved + scale_k * row, adaptive:
-  // saved + scale_k (|saved| + eta)^2 row; saved itself where scale_k = 0. scale: a value a segment.
+  // saved + scale_k (|saved| + eta)^2 row; saved itself where scale_k = 0. scale: a value a
+  // segment.
   void (*perturb)(Row, Segments, const void* saved, const void* row, const double* scale,
                   bool adaptive, double eta, int64_t begin, int64_t end);
   void (*restore)(Row, Segments, const void* saved, int64_t begin, int64_t end);
@@ -51,11 +52,8 @@ struct Kernels {
 
 // The best the processor runs, chosen once. FLATMTL_CPU_ISA=base|avx2|avx512 asks for a lower one.
 const Kernels& kernels();
-const char* isa_name();
 
-constexpr int64_t element_size(Row row) {
-  return row == Row::f64 ? 8 : row == Row::f32 ? 4 : 2;
-}
+constexpr int64_t element_size(Row row) { return row == Row::f64 ? 8 : row == Row::f32 ? 4 : 2; }
 
 namespace base {
 const Kernels* table();

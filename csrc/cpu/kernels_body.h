@@ -1,5 +1,5 @@
-// Everything of one instruction set. The including .cpp defines FLATMTL_ISA (a namespace name) and is
-// compiled with that set's flags.
+// Everything of one instruction set. The including .cpp defines FLATMTL_ISA (a namespace name) and
+// is compiled with that set's flags.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -9,9 +9,12 @@
 namespace flatmtl::cpu::FLATMTL_ISA {
 namespace {
 
+// In this order: each uses the one before.
+// clang-format off
 #include "simd.h"
 #include "flat_body.h"
 #include "gram_body.h"
+// clang-format on
 
 template <class F>
 inline auto by_row(Row row, F f) {
@@ -30,7 +33,8 @@ inline auto by_row(Row row, F f) {
 const Kernels kTable = {
     [](Row row, Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
        double* partial) {
-      by_row(row, [&](auto d) { gram_of<decltype(d)>(jac, sam, tasks, begin, end, scratch, partial); });
+      by_row(row,
+             [&](auto d) { gram_of<decltype(d)>(jac, sam, tasks, begin, end, scratch, partial); });
     },
     [](int64_t tasks) {
       const int64_t a = gram_scratch_of<float>(tasks), b = gram_scratch_of<double>(tasks);
@@ -39,10 +43,11 @@ const Kernels kTable = {
     [](Row row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial) {
       by_row(row, [&](auto d) { row_squares_of<decltype(d)>(jac, tasks, begin, end, partial); });
     },
-    [](Row row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks, int64_t outputs,
-       void* out, int64_t out_stride, int64_t begin, int64_t end, bool stream) {
+    [](Row row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks,
+       int64_t outputs, void* out, int64_t out_stride, int64_t begin, int64_t end, bool stream) {
       by_row(row, [&](auto d) {
-        combine_of<decltype(d)>(jac, a, sam, b, tasks, outputs, out, out_stride, begin, end, stream);
+        combine_of<decltype(d)>(jac, a, sam, b, tasks, outputs, out, out_stride, begin, end,
+                                stream);
       });
     },
     [](Row row, Segments segments, void* to, int64_t begin, int64_t end) {

@@ -34,7 +34,9 @@ Row row_of(const Tensor& t) {
   }
 }
 
-Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0) > 1 ? t.stride(0) : t.size(1)}; }
+Rows rows_of(const Tensor& t) {
+  return {t.const_data_ptr(), t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
 
 struct Free {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
@@ -42,7 +44,8 @@ struct Free {
 using Scratch = std::unique_ptr<void, Free>;
 
 Scratch scratch(int64_t bytes) {
-  return Scratch(::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 64)), std::align_val_t(64)));
+  return Scratch(
+      ::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 64)), std::align_val_t(64)));
 }
 
 // Columns cut into chunks by shape alone. A chunk is a multiple of 1024 columns.
@@ -123,7 +126,8 @@ Tensor row_norms(const Tensor& jac) {
   std::vector<double> partial(static_cast<size_t>(chunks.count * tasks));
   run(chunks, chunks.size * tasks, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c)
-      kernels().row_squares(row, rows, tasks, chunks.begin(c), chunks.end(c), partial.data() + c * tasks);
+      kernels().row_squares(row, rows, tasks, chunks.begin(c), chunks.end(c),
+                            partial.data() + c * tasks);
   });
   Tensor out = doubles(jac, {tasks});
   double* norm = static_cast<double*>(out.mutable_data_ptr());

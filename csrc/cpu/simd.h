@@ -1,9 +1,9 @@
-// Vectors of one instruction set, on the compiler's vector extension: Lanes<float>/Lanes<double> for
-// the accumulator, and a row type's load, store and rounding.
+// Vectors of one instruction set, on the compiler's vector extension: Lanes<float>/Lanes<double>
+// for the accumulator, and a row type's load, store and rounding.
 //
-// Included by kernels_body.h inside namespace flatmtl::cpu::FLATMTL_ISA, which is different in every
-// translation unit: code compiled for one instruction set must never be merged with another's.
-// No standard-library templates here for the same reason.
+// Included by kernels_body.h inside namespace flatmtl::cpu::FLATMTL_ISA, which is different in
+// every translation unit: code compiled for one instruction set must never be merged with
+// another's. No standard-library templates here for the same reason.
 
 #if defined(__AVX512F__)
 #define FLATMTL_VECTOR_BYTES 64
@@ -76,9 +76,10 @@ inline float from_f16(uint16_t h) {
 }
 inline uint16_t to_f16(float x) {
   const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, a = u & 0x7fffffffu;
-  if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);  // NaN
+  if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);   // NaN
   if (a >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00);  // 2^16 and above
-  if (a >= 0x38800000u) {  // normal: the carry of the rounding may run into the exponent, to infinity
+  if (a >=
+      0x38800000u) {  // normal: the carry of the rounding may run into the exponent, to infinity
     const uint32_t rounded = a - 0x38000000u + 0xfffu + ((a >> 13) & 1);
     return static_cast<uint16_t>(sign | (rounded >> 13));
   }
@@ -107,7 +108,8 @@ struct BF16 {
     return vec<float>{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])};
   }
 #else
-  typedef uint16_t half_vec __attribute__((vector_size(FLATMTL_VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint16_t half_vec
+      __attribute__((vector_size(FLATMTL_VECTOR_BYTES / 2), aligned(2), may_alias));
   typedef uint32_t word_vec __attribute__((vector_size(FLATMTL_VECTOR_BYTES)));
   static vec<float> load(const elem* p) {
     const word_vec wide = __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), word_vec);

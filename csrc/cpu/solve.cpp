@@ -49,8 +49,8 @@ void each_problem(int64_t batch, int64_t tasks, int64_t work_size, const F& f) {
 
 Tensor draw_order_(const Tensor& rng, int64_t tasks, int64_t batch) {
   check_small("rng", rng, ScalarType::Long, rng, {2});
-  STD_TORCH_CHECK(tasks >= 1 && batch >= 1, "tasks and batch must be at least 1, got ", tasks, " and ",
-                  batch);
+  STD_TORCH_CHECK(tasks >= 1 && batch >= 1, "tasks and batch must be at least 1, got ", tasks,
+                  " and ", batch);
   Tensor order = fresh(rng, {batch, tasks, tasks}, ScalarType::Long);
   int64_t* state = data<int64_t>(rng);
   const uint64_t seed = static_cast<uint64_t>(state[0]), step = static_cast<uint64_t>(state[1]);
@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> solve_pcgrad(const Tensor& gram, const Tensor
   check_small("order", order, ScalarType::Long, gram, {batch, tasks, tasks});
   const int64_t* visits = data<int64_t>(order);
   for (int64_t k = 0; k < batch * square; ++k)
-    STD_TORCH_CHECK(visits[k] >= 0 && visits[k] < tasks, "order must hold task numbers below ", tasks,
-                    ", got ", visits[k]);
+    STD_TORCH_CHECK(visits[k] >= 0 && visits[k] < tasks, "order must hold task numbers below ",
+                    tasks, ", got ", visits[k]);
   Tensor weights = fresh(gram, {batch, tasks}, ScalarType::Double);
   Tensor coefficients = fresh(gram, {batch, tasks, tasks}, ScalarType::Double);
   Tensor status = fresh(gram, {batch}, ScalarType::Long);

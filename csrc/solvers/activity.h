@@ -1,9 +1,9 @@
 // Which tasks take part in a solve, read from their Gram matrix.
 //
 // A task is inactive if its gradient is zero or not finite (G_ii == 0, NaN or inf), or if a product
-// with an active task is not finite. It gets weight 0 and a bit in the status; the others are solved
-// as if it were not there. A NaN in one gradient spoils only its own row and column of G, so masking
-// is exact.
+// with an active task is not finite. It gets weight 0 and a bit in the status; the others are
+// solved as if it were not there. A NaN in one gradient spoils only its own row and column of G, so
+// masking is exact.
 #pragma once
 
 #include "team.h"
@@ -20,8 +20,8 @@ FLATMTL_HD int64_t find_active(Team& team, const double* gram, int64_t tasks, do
     const double g = gram[i * tasks + i];
     scratch[i] = is_finite(g) && g > 0 ? 1.0 : 0.0;
   });
-  // Finite diagonals bound the off-diagonals of a true Gram; a product that still is not finite comes
-  // from a caller's own matrix, and takes both of its tasks out.
+  // Finite diagonals bound the off-diagonals of a true Gram; a product that still is not finite
+  // comes from a caller's own matrix, and takes both of its tasks out.
   team.each(tasks, [&](int64_t i) {
     bool ok = scratch[i] != 0;
     for (int64_t j = 0; ok && j < tasks; ++j)

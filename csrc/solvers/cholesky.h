@@ -25,7 +25,8 @@ FLATMTL_HD void forward_columns(Team& team, const double* factor, int64_t stride
 }
 
 // Appends the row of list[k]; rows 0..k-1 must be there. Returns false, and leaves a row that must
-// not be used, if the pivot is not above `floor` (the new member depends on the others numerically).
+// not be used, if the pivot is not above `floor` (the new member depends on the others
+// numerically).
 template <class Team>
 FLATMTL_HD bool append_row(Team& team, const double* matrix, int64_t stride, const int64_t* list,
                            int64_t k, double floor, double* factor) {

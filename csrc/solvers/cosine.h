@@ -1,6 +1,6 @@
 // The cosine form of a Gram matrix: C_ij = G_ij / (n_i n_j), n_i = sqrt(G_ii), with a ridge on the
-// diagonal. Solving in it makes a method indifferent to how far the gradient norms lie apart, and the
-// ridge then means the same for every task (a ridge on G itself would drown the small ones).
+// diagonal. Solving in it makes a method indifferent to how far the gradient norms lie apart, and
+// the ridge then means the same for every task (a ridge on G itself would drown the small ones).
 #pragma once
 
 #include <cmath>

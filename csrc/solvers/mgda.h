@@ -1,5 +1,5 @@
-// MGDA (Desideri 2012; Sener and Koltun, arXiv 1810.04650): the point of least norm in the convex hull
-// of the task gradients,  min w'Gw  over the simplex, exactly.
+// MGDA (Desideri 2012; Sener and Koltun, arXiv 1810.04650): the point of least norm in the convex
+// hull of the task gradients,  min w'Gw  over the simplex, exactly.
 //
 // With v = w / (w'Gw) it is  min 0.5 v'Gv - 1'v, v >= 0,  and in the cosine form, y_i = n_i v_i,
 // C y = 1/n on the support: one non-negative QP whose condition does not depend on the norms.

@@ -16,15 +16,15 @@ FLATMTL_HD inline int64_t nnqp_work(int64_t n) { return n * n + 4 * n + 4; }
 // matrix: [n, n], b: [n], use: [n] (0: y_i stays 0), y: [n] out. Returns true if it converged;
 // *residual gets max(|b - Cy| on the passive set, (b - Cy)_+ off it) / max |b|.
 template <class Team>
-FLATMTL_HD bool nnqp(Team& team, const double* matrix, const double* b, const double* use, int64_t n,
-                     double* work, double* y, double* residual) {
+FLATMTL_HD bool nnqp(Team& team, const double* matrix, const double* b, const double* use,
+                     int64_t n, double* work, double* y, double* residual) {
   double* factor = work;
   double* z = factor + n * n;
   double* slack = z + n;
   double* state = slack + n;  // 1: passive (y may be positive), -1: barred until the next full step
   int64_t* list = reinterpret_cast<int64_t*>(state + n);  // the passive set in the factor's order
-  // What one member found and all read. A slot of its own each: a phase has its barrier at the end, so
-  // a slot must not be written again in the phase right after the one that read it.
+  // What one member found and all read. A slot of its own each: a phase has its barrier at the end,
+  // so a slot must not be written again in the phase right after the one that read it.
   double* entering = reinterpret_cast<double*>(list + n);
   double* step = entering + 1;
   double* remaining = entering + 2;

@@ -1,6 +1,7 @@
 // Random task orders for the methods that visit tasks in turn (PCGrad, GradVac): one permutation of
 // 0..T-1 for every row, by Fisher-Yates on the words of Philox(seed; draw, row, batch, step).
-// A word u gives an index below n as floor(u * n / 2^32); the bias, n / 2^32, is below any use here.
+// A word u gives an index below n as floor(u * n / 2^32); the bias, n / 2^32, is below any use
+// here.
 #pragma once
 
 #include "philox.h"

@@ -6,7 +6,8 @@
 //     R_ij < 0  ->  c = R_ij / G_jj;  K_ij -= c;  R_i: -= c * G_j:
 //
 // and the update is sum_j w_j g_j, w = sum_i K_i: . R is kept up to date, so that a visit without a
-// conflict costs nothing: O(T^2) plus O(T) a conflict and row. Two phases a visit, all rows at once.
+// conflict costs nothing: O(T^2) plus O(T) a conflict and row. Two phases a visit, all rows at
+// once.
 #pragma once
 
 #include "activity.h"
@@ -20,7 +21,7 @@ FLATMTL_HD inline int64_t pcgrad_work(int64_t tasks) { return tasks * tasks + 2 
 template <class Team>
 FLATMTL_HD void pcgrad(Team& team, const double* gram, const int64_t* order, int64_t tasks,
                        double* work, double* weights, double* coefficients, int64_t* status) {
-  double* product = work;               // R  [T, T]
+  double* product = work;                // R  [T, T]
   double* visit = work + tasks * tasks;  // c  [T]
   double* active = visit + tasks;        //    [T]
   const int64_t alive = find_active(team, gram, tasks, active, visit);

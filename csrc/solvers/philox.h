@@ -12,7 +12,8 @@ namespace flatmtl {
 struct Philox {
   uint32_t x, y, z, w;
 
-  // By selection, not by an array: an array indexed at run time would live in local memory on a GPU.
+  // By selection, not by an array: an array indexed at run time would live in local memory on a
+  // GPU.
   FLATMTL_HD uint32_t word(uint32_t i) const { return i == 0 ? x : i == 1 ? y : i == 2 ? z : w; }
 };
 

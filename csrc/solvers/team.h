@@ -26,9 +26,9 @@
 namespace flatmtl {
 
 // Status bits of a solve, the same for every method.
-constexpr int64_t kNoActiveTask = 1;   // every gradient is zero or not finite: all weights are 0
-constexpr int64_t kInactiveTask = 2;   // at least one task was left out
-constexpr int64_t kNotConverged = 4;   // the solver stopped short of its tolerance
+constexpr int64_t kNoActiveTask = 1;  // every gradient is zero or not finite: all weights are 0
+constexpr int64_t kInactiveTask = 2;  // at least one task was left out
+constexpr int64_t kNotConverged = 4;  // the solver stopped short of its tolerance
 
 struct SerialTeam {
   template <class F>

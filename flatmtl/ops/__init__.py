@@ -280,6 +280,8 @@ def perturb_(
         sq_norm: float64, 0-dim, on the device; not read on the host.
         offsets: where each parameter begins in ``saved`` and ``row``.
         rho: radius for each parameter.
+        adaptive: ASAM's geometry.
+        eta: added to |saved| in it.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; nothing is then written.
@@ -288,11 +290,22 @@ def perturb_(
     _pair_flat(saved, row)
     _check_params(params, offsets, row)
     if len(rho) != len(params):
-        raise ValueError(f"rho must have one entry for each of params ({len(params)}), got {len(rho)}")
-    _check.like("sq_norm", _check.tensor("sq_norm", sq_norm, (torch.float64,)), "row", row, dtype=False)
+        raise ValueError(
+            f"rho must have one entry for each of params ({len(params)}), got {len(rho)}"
+        )
+    _check.like(
+        "sq_norm", _check.tensor("sq_norm", sq_norm, (torch.float64,)), "row", row, dtype=False
+    )
     _check.shape("sq_norm", sq_norm)
     _ops.perturb_.default(
-        list(params), saved, row, sq_norm, list(offsets), [float(r) for r in rho], adaptive, float(eta)
+        list(params),
+        saved,
+        row,
+        sq_norm,
+        list(offsets),
+        [float(r) for r in rho],
+        adaptive,
+        float(eta),
     )
 
 

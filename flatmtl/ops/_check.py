@@ -49,7 +49,9 @@ def rows(name: str, value: object) -> Tensor:
     if jac.shape[1] > 1 and jac.stride(1) != 1:
         raise ValueError(f"{name} must have stride 1 along its rows, got {list(jac.stride())}")
     if jac.shape[0] > 1 and jac.stride(0) < jac.shape[1]:
-        raise ValueError(f"{name} must have rows that do not overlap, got strides {list(jac.stride())}")
+        raise ValueError(
+            f"{name} must have rows that do not overlap, got strides {list(jac.stride())}"
+        )
     return jac
 
 
@@ -82,17 +84,23 @@ def gram(name: str, value: object) -> Tensor:
 def segments(name: str, tensors: Sequence[Tensor], offsets: Sequence[int], row: Tensor) -> None:
     """``tensors`` laid end to end at ``offsets`` inside ``row`` [P], without overlap."""
     if len(tensors) != len(offsets):
-        raise ValueError(f"offsets must have one entry for each of {name} ({len(tensors)}), got {len(offsets)}")
+        raise ValueError(
+            f"offsets must have one entry for each of {name} ({len(tensors)}), got {len(offsets)}"
+        )
     end = 0
     for k, (item, offset) in enumerate(zip(tensors, offsets, strict=True)):
         if not isinstance(item, Tensor):
             raise TypeError(f"{name}[{k}] must be a Tensor, got {type(item).__name__}")
         like(f"{name}[{k}]", item, "row", row)
         if offset < end:
-            raise ValueError(f"offsets[{k}] must be at least {end}, where the segment before ends, got {offset}")
+            raise ValueError(
+                f"offsets[{k}] must be at least {end}, where the segment before ends, got {offset}"
+            )
         end = offset + item.numel()
     if end > row.numel():
-        raise ValueError(f"{name} must end within the row ({row.numel()} elements), got an end at {end}")
+        raise ValueError(
+            f"{name} must end within the row ({row.numel()} elements), got an end at {end}"
+        )
 
 
 def no_overlap(name: str, out: Tensor, other_name: str, other: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from pathlib import Path
 
@@ -51,3 +52,12 @@ def body(name: str, device: str) -> str:
     key = device.upper()
     own = torch._C._dispatch_has_kernel_for_dispatch_key(f"flatmtl::{name}", key)
     return device if own else "reference"
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU library chose: "avx512", "avx2", "base"; "" without it."""
+    if "cpu" in missing:
+        return ""
+    name = ctypes.CDLL(str(LIBRARIES["cpu"])).flatmtl_cpu_isa
+    name.restype = ctypes.c_char_p
+    return str(name().decode())

@@ -9,13 +9,13 @@ from flatmtl.weighting.mean import Mean, Sum
 from flatmtl.weighting.mgda import MGDA
 from flatmtl.weighting.pcgrad import PCGrad
 
-__all__ = ["MGDA", "METHODS", "Mean", "PCGrad", "SolveStatus", "Sum", "Weighting", "by_name"]
+__all__ = ["METHODS", "MGDA", "Mean", "PCGrad", "SolveStatus", "Sum", "Weighting", "by_name"]
 
 #: name -> class
 METHODS: dict[str, type[Weighting]] = {"mean": Mean, "sum": Sum, "pcgrad": PCGrad, "mgda": MGDA}
 
 
-def by_name(name: str, **options: Any) -> Weighting:
+def by_name(name: str, **options: Any) -> Weighting:  # noqa: ANN401
     """A weighting by its name, as in ``by_name("pcgrad", seed=3)``.
 
     Args:

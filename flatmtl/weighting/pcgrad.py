@@ -57,7 +57,9 @@ class PCGrad(Weighting):
         batch, tasks, _ = gram.shape
         if self.order is not None:
             if self.order.shape[0] != tasks:
-                raise ValueError(f"gram must have {self.order.shape[0]} tasks, as order, got {tasks}")
+                raise ValueError(
+                    f"gram must have {self.order.shape[0]} tasks, as order, got {tasks}"
+                )
             self.order = self.order.to(gram.device)
             return self.order.expand(batch, tasks, tasks).contiguous()
         if self._rng is None:

@@ -1,0 +1,53 @@
+# Everything from a bare machine with Python >= 3.10, make and g++: each target makes its own
+# environment first. torch is installed before the build, which then uses it (no build isolation).
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+# Quiet, and no prompts; installs are idempotent and fast when nothing changed.
+PIP := $(RUN) -m pip install -q --disable-pip-version-check
+
+.PHONY: help demo test bench lint cuda-check install clean
+help:
+	@echo "make demo        train FS-MTL on real images beside the plain method (about 6 minutes)"
+	@echo "make test        build and run the tests"
+	@echo "make bench       kernels and aggregation against pure PyTorch and peers -> docs/benchmarks.md"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make cuda-check  compile the CUDA library for every architecture; fails on a spill"
+	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto"
+
+$(VENV)/.torch: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
+	touch $@
+
+# The build is incremental (ninja); an editable install, so that sources and package are one.
+install: $(VENV)/.torch
+	$(PIP) --no-build-isolation --no-deps -e .
+
+demo: install
+	$(PIP) -e ".[demo]" --no-build-isolation
+	$(RUN) -m flatmtl demo $(DEMO)
+
+test: install
+	$(PIP) -e ".[test,demo]" --no-build-isolation
+	$(RUN) -m pytest $(TESTS)
+
+bench: install
+	$(PIP) -e ".[bench,peers]" --no-build-isolation
+	$(RUN) -m pytest bench --benchmark-json=bench/results/cpu.json -q $(BENCH)
+	$(RUN) bench/report.py bench/results/cpu.json docs/benchmarks.md
+
+lint: $(VENV)/.torch
+	$(PIP) "ruff==0.14.5" "mypy==1.18.2" "clang-format==21.1.5"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(RUN) -m mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
+
+cuda-check: $(VENV)/.torch
+	$(RUN) bench/ptxas_report.py
+
+clean:
+	rm -rf build dist *.egg-info flatmtl/*.so

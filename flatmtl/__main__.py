@@ -1,0 +1,93 @@
+"""``python -m flatmtl``: what was built, and the demo."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import flatmtl
+from flatmtl.ops import OPERATORS, _library
+
+
+def _build_info() -> dict[str, str]:
+    try:
+        from flatmtl import _core
+    except ImportError:
+        return {}
+    return dict(_core.build_info())
+
+
+def _driver() -> str:
+    if torch.version.cuda is None:
+        return "none (this torch has no CUDA)"
+    try:
+        number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        return f"none ({error})"
+    return f"supports CUDA {number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def _devices() -> str:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names) if names else "none"
+
+
+def info() -> int:
+    """Prints versions, the build, devices, and which body every operator uses."""
+    build = _build_info()
+    cuda = build.get("cuda") or "not built"
+    rows = [
+        ("flatmtl", flatmtl.__version__),
+        ("python", f"{platform.python_version()} ({platform.machine()})"),
+        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+        (
+            "built with",
+            f"torch {build['torch']}, compiler {build['compiler']}" if build else "nothing",
+        ),
+        ("CUDA toolkit of the build", cuda),
+        ("CUDA architectures", build.get("cuda_archs") or "none"),
+        ("CUDA driver", _driver()),
+        ("CUDA devices", _devices()),
+        ("CPU threads", str(torch.get_num_threads())),
+        ("CPU instruction set", _library.cpu_isa() or "none (reference operators)"),
+    ]
+    rows += [
+        (f"{device} library", f"not loaded: {why}") for device, why in _library.missing.items()
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        print(f"{name:<{width}}{value}")
+    print(f"\n{'operator':<{width}}{'on cpu':<12}on cuda")
+    for name in OPERATORS:
+        print(f"{name:<{width}}{_library.body(name, 'cpu'):<12}{_library.body(name, 'cuda')}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    from flatmtl.demo import run as demo
+
+    parser = argparse.ArgumentParser(
+        prog="python -m flatmtl",
+        description="flatmtl: multi-task learning with per-task gradients.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "info",
+        help="versions, the build, devices, and which body (cpu, cuda, reference) each operator uses",
+    )
+    demo.add_arguments(
+        commands.add_parser(
+            "demo", help="train Mean, PCGrad and FS-MTL on pairs of overlaid Fashion-MNIST images"
+        )
+    )
+    args = parser.parse_args(argv)
+    return info() if args.command == "info" else demo.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

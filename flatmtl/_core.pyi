@@ -1,0 +1,3 @@
+"""What is no tensor operator."""
+
+def build_info() -> dict[str, str]: ...
