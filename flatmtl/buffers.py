@@ -12,18 +12,26 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class BufferKeeper:
-    """Keeps a model's buffers as they are now and puts them back, in their own storage."""
+    """Keeps a model's buffers as they are at one moment and puts them back, in their own storage."""
 
     def __init__(self, model: nn.Module | None) -> None:
         self._model = model
-        self._copies: list[Tensor] = []
+        self._places: list[tuple[nn.Module, str]] = []
         self._buffers: list[Tensor] = []
+        self._copies: list[Tensor] = []
 
     def save(self) -> None:
         """Takes copies."""
         if self._model is None:
             return
-        self._buffers = list(self._model.buffers())
+        found = [
+            ((module, name), buffer)
+            for module in self._model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._places = [place for place, _ in found]
+        self._buffers = [buffer for _, buffer in found]
         same = len(self._copies) == len(self._buffers) and all(
             c.shape == b.shape and c.dtype == b.dtype and c.device == b.device
             for c, b in zip(self._copies, self._buffers, strict=True)
@@ -33,9 +41,10 @@ class BufferKeeper:
         _copy(self._copies, self._buffers)
 
     def restore(self) -> None:
-        """Puts the copies back."""
-        if self._model is not None:
-            _copy(self._buffers, self._copies)
+        """Puts the copies back, and the tensors themselves where a module holds another by now."""
+        for (module, name), buffer in zip(self._places, self._buffers, strict=True):
+            module._buffers[name] = buffer
+        _copy(self._buffers, self._copies)
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:

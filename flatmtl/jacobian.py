@@ -40,7 +40,13 @@ def capture(losses: TaskLosses, roles: Roles, device: torch.device) -> Captured:
     settled = roles.settled
     for task in range(tasks):
         grads = losses.gradients(task, roles.params, retain_graph=task + 1 < tasks)
-        reached.update(k for k, g in enumerate(grads) if g is not None)
+        hit = [k for k, g in enumerate(grads) if g is not None]
+        if not hit:
+            raise ValueError(
+                f"losses[{losses.names[task]!r}] must depend on a trainable parameter of the optimizer, "
+                "got one that reaches none"
+            )
+        reached.update(hit)
         if roles.note(task, grads) and settled:
             # A parameter turned up that no task had reached before: lay everything out again.
             waiting = [_unpack(t, roles) for t in range(task)]

@@ -112,6 +112,8 @@ def read_losses(losses: object) -> TaskLosses:
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         tensors = [_one(i, loss) for i, loss in enumerate(losses)]
         values = [loss.detach() for loss in losses]
+        if isinstance(losses, tuple):
+            values = tuple(values)
         names = list(range(len(tensors)))
     else:
         raise TypeError(

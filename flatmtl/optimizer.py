@@ -95,14 +95,37 @@ class MultiTaskOptimizer(Optimizer):
         self.model = model
         self.nonfinite = nonfinite
         self._shared = named_shared(shared, self._all_params(), self._label)
+        self._start_anew()
+        for group in self.param_groups:
+            self._default_rho(group)
+
+    def _start_anew(self) -> None:
+        """What a copy does not inherit: roles and buffers are found again at its first step."""
         self._roles: Roles | None = None
-        self._buffers = BufferKeeper(model)
+        self._before = BufferKeeper(self.model)  # as they were before the step
+        self._clean = BufferKeeper(self.model)  # as the clean pass left them
         self._watch = NonfiniteWatch()
         self._flat_steps = 0
         self._pending = False  # backward() has run and step() has not
         self._finite: Tensor | None = None
-        for group in self.param_groups:
-            self._default_rho(group)
+
+    _KEPT = (
+        "base_optimizer",
+        "weighting",
+        "flat_weighting",
+        "sharpness",
+        "model",
+        "nonfinite",
+        "_shared",
+    )
+
+    def __getstate__(self) -> dict[str, Any]:  # type: ignore[override]
+        return {name: self.__dict__[name] for name in self._KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Optimizer.__init__(self, [torch.empty(0)], {})
+        self.__dict__.update(state)
+        self._start_anew()
 
     # ------------------------------------------------------------ the base optimizer's own things
 
@@ -222,12 +245,19 @@ class MultiTaskOptimizer(Optimizer):
             self.base_optimizer.step()
             return None
         radii = self._radii()
-        with torch.enable_grad():
-            losses = read_losses(closure())
-        if radii and any(radii.values()):
-            self._flat_gradients(closure, losses, radii)
-        else:
+        if not any(radii.values()):
+            with torch.enable_grad():
+                losses = read_losses(closure())
             self._plain_gradients(losses)
+        else:
+            self._before.save()
+            try:
+                with torch.enable_grad():
+                    losses = read_losses(closure())
+                self._flat_gradients(closure, losses, radii)
+            except BaseException:
+                self._before.restore()
+                raise
         self._pending = False
         self.base_optimizer.step()
         return losses.values
@@ -342,7 +372,7 @@ class MultiTaskOptimizer(Optimizer):
         self._check_finite(roles, finite)
         # Only the plain gradients are known yet, so that a failure up to here has changed nothing.
         by_task = "tasks" in inspect.signature(closure).parameters
-        self._buffers.save()
+        self._clean.save()
         blocks = [b for b in (roles.shared, *roles.own.values()) if b is not None]
         for block in blocks:
             block.save()
@@ -362,7 +392,7 @@ class MultiTaskOptimizer(Optimizer):
         finally:
             for block in blocks:
                 block.restore()
-            self._buffers.restore()
+            self._clean.restore()
         self._flat_steps += 1
         for task, norms in enumerate(perturbed_sq):
             for sq in norms:

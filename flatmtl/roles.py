@@ -22,8 +22,8 @@ def named_shared(
     """
     if shared is None:
         return None
-    if isinstance(shared, Tensor):
-        raise TypeError("shared must be an iterable of parameters, got a Tensor")
+    if isinstance(shared, Tensor) or not isinstance(shared, Iterable):
+        raise TypeError(f"shared must be an iterable of parameters, got {type(shared).__name__}")
     listed = list(shared)
     ids = {id(p) for p in known}
     seen: set[int] = set()

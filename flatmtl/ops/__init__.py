@@ -39,6 +39,12 @@ OPERATORS = tuple(_schema.SCHEMAS)
 _ops = torch.ops.flatmtl
 
 
+def _written(tensors: Tensor | Sequence[Tensor]) -> None:
+    """Tells autograd of a write, so that a graph which needs the old values raises, as after copy_."""
+    if not torch.compiler.is_compiling():  # a compiler sees the write in the operator's schema
+        torch.autograd.graph.increment_version(tensors)
+
+
 def row_norms(jac: Tensor) -> Tensor:
     """Euclidean norms of the rows.
 
@@ -123,6 +129,7 @@ def combine(jac: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     scale = _check.weights("weights", weights, jac)
     out = _out_row(out, jac)
     _ops.combine.default(jac, scale, out)
+    _written(out)
     return out
 
 
@@ -150,6 +157,7 @@ def combine_flat(
     out = _out_row(out, jac)
     _check.no_overlap("out", out, "sam", sam)
     _ops.combine_flat.default(jac, scale_a, sam, scale_b, out)
+    _written(out)
     return out
 
 
@@ -183,6 +191,7 @@ def project(jac: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Ten
         _check.shape("out", out, matrix.shape[0], jac.shape[1])
         _check.no_overlap("out", out, "jac", jac)
     _ops.project.default(jac, matrix.to(torch.float64).contiguous(), out)
+    _written(out)
     return out
 
 
@@ -230,7 +239,9 @@ def pack_row_(row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int]) -> T
     """
     row = _check.flat("row", row)
     _check.segments("grads", grads, offsets, row)
-    return _ops.pack_row_.default(row, [g.contiguous() for g in grads], list(offsets))
+    sq_norm = _ops.pack_row_.default(row, [g.contiguous() for g in grads], list(offsets))
+    _written(row)
+    return sq_norm
 
 
 def adaptive_sq_norm(saved: Tensor, row: Tensor, eta: float = 0.0) -> Tensor:
@@ -307,6 +318,7 @@ def perturb_(
         adaptive,
         float(eta),
     )
+    _written(params)
 
 
 def _check_params(params: Sequence[Tensor], offsets: Sequence[int], row: Tensor) -> None:
@@ -330,6 +342,7 @@ def restore_(params: Sequence[Tensor], saved: Tensor, offsets: Sequence[int]) ->
     saved = _check.flat("saved", saved)
     _check_params(params, offsets, saved)
     _ops.restore_.default(list(params), saved, list(offsets))
+    _written(params)
 
 
 def draw_order_(rng: Tensor, tasks: int, batch: int = 1) -> Tensor:

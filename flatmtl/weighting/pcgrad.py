@@ -53,6 +53,11 @@ class PCGrad(Weighting):
         self.order = order
         self._rng: Tensor | None = None  # int64 [2]: seed, step; on the Gram matrix's device
 
+    def _first(self, device: torch.device | None = None) -> Tensor:
+        """The start of the seed's stream: int64 [2], (seed, step 0)."""
+        signed = (self.seed + 2**63) % 2**64 - 2**63
+        return torch.tensor([signed, 0], dtype=torch.int64, device=device)
+
     def _draw(self, gram: Tensor) -> Tensor:
         batch, tasks, _ = gram.shape
         if self.order is not None:
@@ -63,8 +68,7 @@ class PCGrad(Weighting):
             self.order = self.order.to(gram.device)
             return self.order.expand(batch, tasks, tasks).contiguous()
         if self._rng is None:
-            signed = (self.seed + 2**63) % 2**64 - 2**63
-            self._rng = torch.tensor([signed, 0], dtype=torch.int64, device=gram.device)
+            self._rng = self._first(gram.device)
         elif self._rng.device != gram.device:
             self._rng = self._rng.to(gram.device)
         return ops.draw_order_(self._rng, tasks, batch)
@@ -86,8 +90,8 @@ class PCGrad(Weighting):
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """The random stream's position."""
-        return {"rng": None if self._rng is None else self._rng.detach().clone()}
+        """The random stream and its position."""
+        return {"rng": self._first() if self._rng is None else self._rng.detach().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved random stream.
@@ -97,4 +101,6 @@ class PCGrad(Weighting):
         """
         self._check_state(state, {"rng"})
         rng = state["rng"]
-        self._rng = None if rng is None else rng.detach().clone()
+        if not isinstance(rng, Tensor) or rng.dtype != torch.int64 or rng.shape != (2,):
+            raise ValueError(f"state['rng'] must be int64 [2], (seed, step), got {rng!r}")
+        self._rng = rng.detach().clone()

@@ -1,0 +1,73 @@
+// A stand-in for CUDA's header, so that g++ compiles csrc/kernels/*.cuh and the kernels run on the CPU.
+//
+// Every thread of a block is a fiber (emulator.cpp). A fiber runs until it meets a barrier or a warp
+// exchange; the order in which fibers run is the test's choice (forward, backward, random), so that a
+// missing barrier gives a wrong result. Caught besides: barriers that not all threads reach, threads at
+// different barriers, 16-byte accesses that are not aligned, shared memory beyond what was asked for,
+// reads of dynamic shared memory before it is written (it starts as NaN).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define FLATMTL_EMULATED 1
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+using cudaStream_t = void*;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulated {
+
+cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+void* dynamic_shared();
+void barrier(const char* file, int line);
+// Puts `mine` up for the warp and returns lane `source`'s value, once all lanes of the warp are here.
+double exchange(double mine, int source, const char* file, int line);
+void fail(const char* what);
+
+inline void check_aligned(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail("a 16-byte access is not aligned");
+}
+
+}  // namespace emulated
+
+#define __syncthreads() emulated::barrier(__FILE__, __LINE__)
+#define __shfl_xor_sync(mask, value, offset) \
+  emulated::exchange(value, static_cast<int>(threadIdx.x % 32) ^ (offset), __FILE__, __LINE__)
+
+// Copies of it are the 16-byte accesses of a kernel.
+struct int4 {
+  int x, y, z, w;
+  int4() = default;
+  int4(int x_, int y_, int z_, int w_) : x(x_), y(y_), z(z_), w(w_) {}
+  int4(const int4& from) {
+    emulated::check_aligned(&from);
+    std::memcpy(static_cast<void*>(this), &from, 16);
+  }
+  int4& operator=(const int4& from) {
+    emulated::check_aligned(this);
+    emulated::check_aligned(&from);
+    std::memcpy(static_cast<void*>(this), &from, 16);
+    return *this;
+  }
+} __attribute__((aligned(16)));
+
+inline int4 make_int4(int x, int y, int z, int w) { return int4(x, y, z, w); }
+inline int4 __ldcs(const int4* address) { return *address; }

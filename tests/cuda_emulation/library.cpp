@@ -1,0 +1,188 @@
+// The launchers of csrc/kernels as C functions, for tests/test_cuda_emulated.py. dtype: 0 float32,
+// 1 float64, 2 float16, 3 bfloat16. Scratch starts as NaN and is watched for writes beyond its end.
+#include <cstdio>
+#include <limits>
+#include <vector>
+
+#include "../../csrc/kernels/affinity.cuh"
+#include "../../csrc/kernels/combine.cuh"
+#include "../../csrc/kernels/gram.cuh"
+#include "../../csrc/kernels/segments.cuh"
+#include "../../csrc/kernels/solve.cuh"
+
+namespace {
+
+using namespace flatmtl::kernels;
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t doubles)
+      : size_(doubles), memory_(doubles + kGuard, std::numeric_limits<double>::quiet_NaN()) {}
+  ~Scratch() {
+    for (int64_t i = size_; i < size_ + kGuard; ++i)
+      if (memory_[i] == memory_[i]) emulated::fail("a write beyond the scratch");
+  }
+  double* data() { return memory_.data(); }
+
+ private:
+  static constexpr int64_t kGuard = 64;
+  int64_t size_;
+  std::vector<double> memory_;
+};
+
+template <class F>
+int with(int dtype, const F& f) {
+  switch (dtype) {
+    case 0:
+      return f(float{});
+    case 1:
+      return f(double{});
+    case 2:
+      return f(__half{});
+    default:
+      return f(__nv_bfloat16{});
+  }
+}
+
+int bytes_of(int dtype) { return dtype == 0 ? 4 : dtype == 1 ? 8 : 2; }
+
+template <class T>
+Rows<const T> rows(const void* data, int64_t stride, int64_t count) {
+  return rows_of(static_cast<const T*>(data), stride, count);
+}
+
+}  // namespace
+
+extern "C" {
+
+int emulated_gram(int dtype, const void* jac, int64_t stride, const void* sam, int64_t sam_stride,
+                  int tasks, int64_t columns, double* out) {
+  Scratch partials(gram_partials(tasks, columns, bytes_of(dtype), sam != nullptr));
+  return with(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<const T> j = rows<T>(jac, stride, tasks);
+    if (sam)
+      return gram<T, true>(j, rows<T>(sam, sam_stride, tasks), tasks, columns, partials.data(), out, nullptr);
+    return gram<T, false>(j, j, tasks, columns, partials.data(), out, nullptr);
+  });
+}
+
+// gram_small_kernel with a plan of the test's own: chunks that take several spans, several steps a span,
+// which the shapes ask for from 16 million columns on. out: [T (T + 1) / 2, chunks]
+int emulated_gram_spans(const float* jac, int64_t columns, int64_t chunks, int steps, double* out) {
+  const Rows<const float> j = rows<float>(jac, columns, 3);
+  return launch(gram_small_kernel<float, 3, false>, dim3(static_cast<unsigned>(chunks)), dim3(kThreads), 0,
+                nullptr, j, j, columns, StripPlan{chunks, steps}, out);
+}
+
+int emulated_row_norms(int dtype, const void* jac, int64_t stride, int tasks, int64_t columns, double* out) {
+  Scratch partials(row_norms_partials(tasks, columns, bytes_of(dtype)));
+  return with(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return row_norms<T>(rows<T>(jac, stride, tasks), tasks, columns, partials.data(), out, nullptr);
+  });
+}
+
+int emulated_combine(int dtype, const void* jac, int64_t stride, const double* a, const void* sam,
+                     int64_t sam_stride, const double* b, int tasks, int64_t columns, void* out) {
+  return with(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<const T> j = rows<T>(jac, stride, tasks);
+    if (sam)
+      return combine_flat<T>(j, a, rows<T>(sam, sam_stride, tasks), b, tasks, columns,
+                             static_cast<T*>(out), nullptr);
+    return combine<T>(j, a, tasks, columns, static_cast<T*>(out), nullptr);
+  });
+}
+
+int emulated_project(int dtype, const void* jac, int64_t stride, const double* coefficients, int tasks,
+                     int outputs, int64_t columns, void* out, int64_t out_stride) {
+  return with(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return project<T>(rows<T>(jac, stride, tasks), coefficients, tasks, outputs, columns,
+                      rows_of(static_cast<T*>(out), out_stride, outputs), nullptr);
+  });
+}
+
+int emulated_affinity(const double* gram, const double* losses, int64_t tasks, double lr, double* out) {
+  return affinity(gram, losses, tasks, lr, out, nullptr);
+}
+
+int emulated_pack_row(int dtype, const void* const* grads, const int64_t* offsets, const int64_t* numels,
+                      int64_t count, void* row, int64_t columns, double* sq_norm) {
+  Scratch partials(pack_row_partials(count, columns));
+  return with(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return pack_row<T>(grads, offsets, numels, count, static_cast<T*>(row), columns, partials.data(),
+                       sq_norm, nullptr);
+  });
+}
+
+// row == nullptr: restore
+int emulated_perturb(int dtype, void* const* params, const int64_t* offsets, const int64_t* numels,
+                     const double* rho, int64_t count, const void* saved, const void* row,
+                     const double* sq_norm, int64_t columns, int adaptive, double eta) {
+  return with(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* source = static_cast<const T*>(saved);
+    if (!row) return restore<T>(params, offsets, numels, count, source, columns, nullptr);
+    return perturb<T>(params, offsets, numels, rho, count, source, static_cast<const T*>(row), sq_norm,
+                      columns, adaptive != 0, eta, nullptr);
+  });
+}
+
+int emulated_adaptive_sq_norm(int dtype, const void* saved, const void* row, int64_t columns, double eta,
+                              double* out) {
+  Scratch partials(adaptive_sq_norm_partials(columns, bytes_of(dtype)));
+  return with(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return adaptive_sq_norm<T>(static_cast<const T*>(saved), static_cast<const T*>(row), columns, eta,
+                               partials.data(), out, nullptr);
+  });
+}
+
+int emulated_solve_pcgrad(const double* gram, const int64_t* order, int64_t batch, int64_t tasks,
+                          double* weights, double* coefficients, int64_t* status) {
+  Scratch work(pcgrad_scratch(batch, tasks));
+  return solve_pcgrad(gram, order, batch, tasks, work.data(), weights, coefficients, status, nullptr);
+}
+
+int emulated_solve_mgda(const double* gram, int64_t batch, int64_t tasks, double ridge, double* weights,
+                        int64_t* status, double* residual) {
+  Scratch work(mgda_scratch(batch, tasks));
+  return solve_mgda(gram, batch, tasks, ridge, work.data(), weights, status, residual, nullptr);
+}
+
+int emulated_draw_orders(int64_t* rng, int64_t batch, int64_t tasks, int64_t* order) {
+  return draw_orders(rng, batch, tasks, order, nullptr);
+}
+
+// The same solvers with the CPU's team of one thread: what the block must agree with.
+void serial_pcgrad(const double* gram, const int64_t* order, int64_t tasks, double* weights,
+                   double* coefficients, int64_t* status) {
+  Scratch work(flatmtl::pcgrad_work(tasks));
+  flatmtl::SerialTeam team;
+  flatmtl::pcgrad(team, gram, order, tasks, work.data(), weights, coefficients, status);
+}
+
+void serial_mgda(const double* gram, int64_t tasks, double ridge, double* weights, int64_t* status,
+                 double* residual) {
+  Scratch work(flatmtl::mgda_work(tasks));
+  flatmtl::SerialTeam team;
+  flatmtl::mgda(team, gram, tasks, ridge, work.data(), weights, status, residual);
+}
+
+void serial_draw_order(uint64_t seed, uint64_t step, int64_t b, int64_t tasks, int64_t* order) {
+  flatmtl::SerialTeam team;
+  flatmtl::draw_order(team, seed, step, b, tasks, order);
+}
+
+// Round trips of the stand-in conversions, checked against numpy's.
+void emulated_half(const float* in, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = __float2half_rn(in[i]).bits;
+}
+void emulated_float(const uint16_t* in, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = __half2float(__half{in[i]});
+}
+
+}  // extern "C"

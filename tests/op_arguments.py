@@ -1,0 +1,60 @@
+"""Small valid arguments for every op, in the order of its schema."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TASKS, SIZE = 3, 37
+
+
+def arguments(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", batch: int = 1
+) -> dict[str, tuple]:
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+
+    def small(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device=device)
+
+    jac, sam, saved, row = rows(TASKS, SIZE), rows(TASKS, SIZE), rows(SIZE), rows(SIZE)
+    half = small(batch, TASKS, TASKS + 2)
+    gram = half @ half.mT
+    order = torch.stack([torch.randperm(TASKS) for _ in range(batch * TASKS)])
+    order = order.view(batch, TASKS, TASKS).to(device)
+    params, offsets = [rows(4, 3), rows(20)], [1, 16]
+    one = torch.tensor(2.0, dtype=torch.float64, device=device)
+    return {
+        "row_norms": (jac,),
+        "gram": (jac,),
+        "gram_difference": (sam, jac),
+        "combine": (jac, small(TASKS), rows(SIZE)),
+        "combine_flat": (jac, small(TASKS), sam, small(TASKS), rows(SIZE)),
+        "project": (jac, small(2, TASKS), rows(2, SIZE)),
+        "affinity": (gram[0], small(TASKS).abs(), 0.1),
+        "pack_row_": (row, [p.clone() for p in params], offsets),
+        "adaptive_sq_norm": (saved, row, 0.01),
+        "perturb_": (params, saved, row, one, offsets, [0.1, 0.2], True, 0.01),
+        "restore_": (params, saved, offsets),
+        "draw_order_": (torch.tensor([5, 6], device=device), TASKS, batch),
+        "solve_pcgrad": (gram, order),
+        "solve_mgda": (gram, 1e-10),
+    }
+
+
+def copied(args: tuple) -> tuple:
+    """The same arguments in fresh tensors: ops write into theirs."""
+
+    def one(a):
+        if isinstance(a, Tensor):
+            return a.clone()
+        return [one(x) for x in a] if isinstance(a, list) else a
+
+    return tuple(one(a) for a in args)
+
+
+def tensors(value) -> list[Tensor]:
+    """All tensors in nested arguments or results."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []

@@ -1,0 +1,88 @@
+"""The same bits whatever the number of threads, and run to run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cases import dtypes, rows
+
+CASES = [(1, 300_007), (3, 100_003), (9, 50_001), (40, 20_011), (130, 4_111)]
+
+
+def everything(body, jac, sam, a, b, grads, offsets) -> list[torch.Tensor]:
+    tasks, size = jac.shape
+    out, flat = (torch.empty(size, dtype=jac.dtype, device=jac.device) for _ in range(2))
+    projected = torch.empty((min(tasks, 5), size), dtype=jac.dtype, device=jac.device)
+    row = torch.empty(size, dtype=jac.dtype, device=jac.device)
+    body.combine(jac, a, out)
+    body.combine_flat(jac, a, sam, b, flat)
+    body.project(jac, torch.stack([a, b, a + b, a * b, -a])[: len(projected)], projected)
+    sq = body.pack_row_(row, grads, offsets)
+    asam = body.adaptive_sq_norm(jac[0], row, 0.01)
+    params = [g.clone() for g in grads]
+    body.perturb_(params, jac[0].contiguous(), row, sq, offsets, [0.1] * len(params), True, 0.01)
+    gram = body.gram(jac)
+    order = body.draw_order_(torch.tensor([3, 4], device=jac.device), tasks, 1)
+    k = body.solve_pcgrad(gram[None], order)
+    v = body.solve_mgda(gram[None], 1e-10)
+    others = [body.gram_difference(sam, jac), body.row_norms(jac), sq, asam, order]
+    return [out, flat, projected, row, gram, *params, *k, *v, *others]
+
+
+def inputs(rng, tasks: int, size: int, dtype: torch.dtype, device: str):
+    jac, sam = (rows(rng, (tasks, size), dtype, device) for _ in range(2))
+    a, b = (torch.from_numpy(rng.standard_normal(tasks)).to(device) for _ in range(2))
+    cut = size // 3
+    grads = [rows(rng, (cut,), dtype, device), rows(rng, (size - cut - 9,), dtype, device)]
+    return jac, sam, a, b, grads, [4, cut + 7]
+
+
+def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    def raw(t: torch.Tensor) -> bytes:
+        return t.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    return all(raw(x) == raw(y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("body", ["cpu"], indirect=True)
+@dtypes
+@pytest.mark.parametrize("tasks, size", CASES)
+def test_any_number_of_threads(body, dtype, tasks, size, threads, rng):
+    given = inputs(rng, tasks, size, dtype, "cpu")
+    threads(1)
+    first = everything(body, *given)
+    for count in (2, 3, 4, 7):
+        threads(count)
+        assert torch.get_num_threads() == count
+        assert same_bits(first, everything(body, *given)), f"{count} threads"
+
+
+@pytest.mark.parametrize("body", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@dtypes
+@pytest.mark.parametrize("tasks, size", [(3, 100_003), (40, 20_011)])
+def test_run_to_run(body, dtype, tasks, size, rng):
+    given = inputs(rng, tasks, size, dtype, body.device)
+    first = everything(body, *given)
+    for _ in range(3):
+        noise = torch.randn(1000, 300, device=body.device)  # something else in between
+        noise @ noise.T
+        assert same_bits(first, everything(body, *given))
+
+
+@pytest.mark.parametrize("body", ["cpu"], indirect=True)
+def test_a_copy_elsewhere_gives_the_same(body, rng):
+    """The chunks are counted from the start of the row, not from an address."""
+    tasks, size = 5, 30_011
+    jac = rows(rng, (tasks, size), torch.float32)
+    buffer = torch.zeros(tasks, size + 13)
+    buffer[:, 5 : 5 + size] = jac
+    view = buffer[:, 5 : 5 + size]
+    assert torch.equal(body.gram(jac), body.gram(view))
+    assert torch.equal(body.row_norms(jac), body.row_norms(view))
+    w = torch.from_numpy(np.asarray(rng.standard_normal(tasks)))
+    a, b = torch.empty(size), torch.empty(size)
+    body.combine(jac, w, a)
+    body.combine(view, w, b)
+    assert torch.equal(a, b)

@@ -1,0 +1,171 @@
+"""Wrong arguments: ValueError or TypeError that names the argument, and nothing is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flatmtl import ops
+from op_arguments import SIZE, TASKS, arguments, copied, tensors
+
+FLOAT, DOUBLE = torch.float32, torch.float64
+JAC = torch.randn(TASKS, SIZE)
+W = torch.ones(TASKS, dtype=DOUBLE)
+OUT = torch.full((SIZE,), 7.0)
+WIDE = torch.randn(TASKS, 2 * SIZE)
+META = torch.empty(TASKS, SIZE, device="meta")
+GRAM = torch.eye(TASKS, dtype=DOUBLE)
+ORDER = torch.arange(TASKS).expand(TASKS, TASKS).contiguous()
+ONE = torch.ones((), dtype=DOUBLE)
+PARAMS = [torch.zeros(4, 3), torch.zeros(20)]
+ROW = torch.randn(SIZE)
+RNG = torch.tensor([1, 2])
+
+CASES = {
+    # what is not a matrix of rows
+    "gram list": (ops.gram, ([[1.0]],), "jac"),
+    "gram 1-D": (ops.gram, (ROW,), "jac"),
+    "gram 3-D": (ops.gram, (JAC[None],), "jac"),
+    "gram integers": (ops.gram, (torch.ones(2, 3, dtype=torch.int64),), "jac"),
+    "gram complex": (ops.gram, (torch.ones(2, 3, dtype=torch.complex64),), "jac"),
+    "gram bool": (ops.gram, (torch.ones(2, 3, dtype=torch.bool),), "jac"),
+    "gram strided": (ops.gram, (WIDE[:, ::2],), "jac"),
+    "gram transposed": (ops.gram, (JAC.T,), "jac"),
+    "gram no rows": (ops.gram, (JAC[:0],), "jac"),
+    "gram expanded": (ops.gram, (ROW.expand(TASKS, SIZE),), "jac"),
+    "row_norms 1-D": (ops.row_norms, (ROW,), "jac"),
+    "row_norms strided": (ops.row_norms, (WIDE[:, ::2],), "jac"),
+    # pairs
+    "difference shape": (ops.gram_difference, (JAC[:, 1:], JAC), "sam"),
+    "difference rows": (ops.gram_difference, (JAC[1:], JAC), "sam"),
+    "difference dtype": (ops.gram_difference, (JAC.double(), JAC), "sam"),
+    "difference device": (ops.gram_difference, (META, JAC), "sam"),
+    "difference strided": (ops.gram_difference, (WIDE[:, ::2], JAC), "sam"),
+    "difference jac strided": (ops.gram_difference, (JAC, WIDE[:, ::2]), "jac"),
+    # combine
+    "combine weights length": (ops.combine, (JAC, W[1:], OUT), "weights"),
+    "combine weights 2-D": (ops.combine, (JAC, W[None], OUT), "weights"),
+    "combine weights integers": (ops.combine, (JAC, W.long(), OUT), "weights"),
+    "combine weights list": (ops.combine, (JAC, [1.0] * TASKS, OUT), "weights"),
+    "combine weights device": (ops.combine, (JAC, W.to("meta"), OUT), "weights"),
+    "combine out length": (ops.combine, (JAC, W, OUT[1:]), "out"),
+    "combine out 2-D": (ops.combine, (JAC, W, OUT[None]), "out"),
+    "combine out dtype": (ops.combine, (JAC, W, OUT.double()), "out"),
+    "combine out strided": (ops.combine, (JAC, W, torch.zeros(2 * SIZE)[::2]), "out"),
+    "combine out device": (ops.combine, (JAC, W, META[0]), "out"),
+    "combine jac strided": (ops.combine, (WIDE[:, ::2], W, OUT), "jac"),
+    # combine_flat
+    "flat a": (ops.combine_flat, (JAC, W[1:], JAC, W, OUT), "a"),
+    "flat b": (ops.combine_flat, (JAC, W, JAC, W[1:], OUT), "b"),
+    "flat sam shape": (ops.combine_flat, (JAC, W, JAC[1:], W, OUT), "sam"),
+    "flat sam dtype": (ops.combine_flat, (JAC, W, JAC.half(), W, OUT), "sam"),
+    "flat out": (ops.combine_flat, (JAC, W, JAC, W, OUT[1:]), "out"),
+    # project
+    "project shape": (ops.project, (JAC, torch.ones(2, TASKS + 1, dtype=DOUBLE)), "coefficients"),
+    "project 1-D": (ops.project, (JAC, W), "coefficients"),
+    "project integers": (ops.project, (JAC, torch.ones(2, TASKS).long()), "coefficients"),
+    "project out rows": (ops.project, (JAC, GRAM, torch.zeros(2, SIZE)), "out"),
+    "project out dtype": (ops.project, (JAC, GRAM, torch.zeros(TASKS, SIZE).double()), "out"),
+    "project out strided": (ops.project, (JAC, GRAM, torch.zeros(SIZE, TASKS).T), "out"),
+    # affinity
+    "affinity square": (ops.affinity, (GRAM[1:], W, 0.1), "gram"),
+    "affinity batch": (ops.affinity, (GRAM[None], W, 0.1), "gram"),
+    "affinity losses": (ops.affinity, (GRAM, W[1:], 0.1), "losses"),
+    "affinity integers": (ops.affinity, (GRAM.long(), W, 0.1), "gram"),
+    # pack
+    "pack count": (ops.pack_row_, (ROW, PARAMS, [0]), "offsets"),
+    "pack overlap": (ops.pack_row_, (ROW, PARAMS, [0, 11]), "offsets"),
+    "pack descending": (ops.pack_row_, (ROW, PARAMS, [24, 0]), "offsets"),
+    "pack negative": (ops.pack_row_, (ROW, PARAMS, [-1, 15]), "offsets"),
+    "pack beyond": (ops.pack_row_, (ROW, PARAMS, [0, 18]), "grads"),
+    "pack dtype": (ops.pack_row_, (ROW, [PARAMS[0].double()], [0]), "grads"),
+    "pack device": (ops.pack_row_, (ROW, [META[0]], [0]), "grads"),
+    "pack not a tensor": (ops.pack_row_, (ROW, [None], [0]), "grads"),
+    "pack row 2-D": (ops.pack_row_, (JAC, PARAMS, [0, 12]), "row"),
+    "pack row strided": (ops.pack_row_, (WIDE[0, ::2], PARAMS, [0, 12]), "row"),
+    "pack row integers": (ops.pack_row_, (ROW.long(), [], []), "row"),
+    # ASAM's norm
+    "adaptive length": (ops.adaptive_sq_norm, (ROW[1:], ROW, 0.0), "saved"),
+    "adaptive dtype": (ops.adaptive_sq_norm, (ROW.double(), ROW, 0.0), "saved"),
+    "adaptive row": (ops.adaptive_sq_norm, (ROW, JAC, 0.0), "row"),
+    # perturb, restore
+    "perturb saved": (ops.perturb_, (PARAMS, ROW[1:], ROW, ONE, [0, 12], [1.0, 1.0]), "saved"),
+    "perturb dtype": (ops.perturb_, (PARAMS, ROW.double(), ROW, ONE, [0, 12], [1.0, 1.0]), "saved"),
+    "perturb rho": (ops.perturb_, (PARAMS, ROW, ROW, ONE, [0, 12], [1.0]), "rho"),
+    "perturb norm float": (ops.perturb_, (PARAMS, ROW, ROW, 1.0, [0, 12], [1.0, 1.0]), "sq_norm"),
+    "perturb norm 32": (
+        ops.perturb_, (PARAMS, ROW, ROW, ONE.float(), [0, 12], [1.0, 1.0]), "sq_norm"),
+    "perturb norm 1-D": (
+        ops.perturb_, (PARAMS, ROW, ROW, ONE[None], [0, 12], [1.0, 1.0]), "sq_norm"),
+    "perturb offsets": (ops.perturb_, (PARAMS, ROW, ROW, ONE, [0, 3], [1.0, 1.0]), "offsets"),
+    "perturb beyond": (ops.perturb_, (PARAMS, ROW, ROW, ONE, [0, 30], [1.0, 1.0]), "params"),
+    "perturb params dtype": (ops.perturb_, ([OUT.double()], ROW, ROW, ONE, [0], [1.0]), "params"),
+    "perturb params strided": (ops.perturb_, ([JAC[:, :2].T], ROW, ROW, ONE, [0], [1.0]), "params"),
+    "restore count": (ops.restore_, (PARAMS, ROW, [0]), "offsets"),
+    "restore beyond": (ops.restore_, (PARAMS, ROW, [0, 30]), "params"),
+    "restore strided": (ops.restore_, ([JAC[:, :2].T], ROW, [0]), "params"),
+    "restore saved 2-D": (ops.restore_, (PARAMS, JAC, [0, 12]), "saved"),
+    # solvers
+    "order rng dtype": (ops.draw_order_, (RNG.int(), 3, 1), "rng"),
+    "order rng length": (ops.draw_order_, (RNG[:1], 3, 1), "rng"),
+    "order tasks": (ops.draw_order_, (RNG, 0, 1), "tasks"),
+    "order batch": (ops.draw_order_, (RNG, 3, -1), "batch"),
+    "pcgrad square": (ops.solve_pcgrad, (GRAM[1:], ORDER[1:]), "gram"),
+    "pcgrad 4-D": (ops.solve_pcgrad, (GRAM[None, None], ORDER[None, None]), "gram"),
+    "pcgrad order shape": (ops.solve_pcgrad, (GRAM, ORDER[:, 1:]), "order"),
+    "pcgrad order dtype": (ops.solve_pcgrad, (GRAM, ORDER.double()), "order"),
+    "pcgrad order int32": (ops.solve_pcgrad, (GRAM, ORDER.int()), "order"),
+    "pcgrad order device": (ops.solve_pcgrad, (GRAM, ORDER.to("meta")), "order"),
+    "pcgrad half": (ops.solve_pcgrad, (GRAM.half(), ORDER), "gram"),
+    "mgda square": (ops.solve_mgda, (GRAM[:, 1:], 0.0), "gram"),
+    "mgda integers": (ops.solve_mgda, (GRAM.long(), 0.0), "gram"),
+    "mgda ridge": (ops.solve_mgda, (GRAM, -1e-3), "ridge"),
+    "mgda ridge nan": (ops.solve_mgda, (GRAM, float("nan")), "ridge"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_argument(case):
+    function, args, name = CASES[case]
+    before = [t.clone() for t in tensors(list(args))]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert name in message.replace("[", " ").replace(".", " ").split(), message
+    assert "got" in message or "share" in message, message
+    for x, y in zip(before, tensors(list(args))):
+        assert x.is_meta or torch.equal(x, y), "something was written"
+
+
+OVERLAPS = {
+    "project into itself": lambda b: (ops.project, (b[:3], GRAM, b[:3])),
+    "project shifted": lambda b: (ops.project, (b[:3], GRAM, b[2:5])),
+    "combine into a row": lambda b: (ops.combine, (b[:3], W, b[1])),
+    "flat into a row": lambda b: (ops.combine_flat, (b[:3], W, b[3:6], W, b[0])),
+    "flat into the other": lambda b: (ops.combine_flat, (b[:3], W, b[3:6], W, b[4])),
+}
+
+
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_overlapping_output(case):
+    buffer = torch.randn(6, SIZE)
+    before = buffer.clone()
+    function, args = OVERLAPS[case](buffer)
+    with pytest.raises(ValueError, match="out"):
+        function(*args)
+    assert torch.equal(buffer, before)
+
+
+def test_output_beside_the_input_is_no_overlap():
+    buffer = torch.randn(4, SIZE)
+    ops.combine(buffer[:3], W, buffer[3])
+    ops.project(buffer[1:], torch.ones(1, 3, dtype=DOUBLE), buffer[:1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["combine", "combine_flat", "gram_difference", "pack_row_"])
+def test_mixed_devices(name):
+    args = list(copied(arguments(device="cuda")[name]))
+    args[0] = args[0].cpu()
+    with pytest.raises((ValueError, TypeError), match="device"):
+        getattr(ops, name)(*args)
