@@ -17,6 +17,7 @@ Whether a GPU is there at build time plays no part.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def find_nvcc() -> Path | None:
     """nvcc from CUDA_HOME or the PATH."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    return Path(found).resolve() if found else None
+    return Path(found) if found else None
 
 
 def wanted_nvcc() -> Path | None:
@@ -61,6 +62,16 @@ def cuda_version(nvcc: Path) -> str:
     return text.split("release ")[1].split(",")[0]
 
 
+def cuda_library_dir(nvcc: Path) -> Path:
+    """Where the static CUDA runtime lies; nvcc itself says (it may be a wrapper on the PATH)."""
+    dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    top = next(line.split("=", 1)[1] for line in dry.splitlines() if line.startswith("#$ TOP="))
+    for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
+        if (Path(top) / folder / "libcudart_static.a").exists():
+            return (Path(top) / folder).resolve()
+    sys.exit(f"nvcc is there ({nvcc}), but no libcudart_static.a in its toolkit {top}")
+
+
 def gencode(archs: str) -> str:
     """nvcc's -gencode flags for a list like "8.0;9.0+PTX"."""
     flags = []
@@ -78,7 +89,7 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     import torch
 
     torch_dir = Path(torch.__file__).parent
-    torch_include = f"-I{torch_dir}/include -I{torch_dir}/include/torch/csrc/api/include"
+    torch_include = f"-isystem {torch_dir}/include"
     torch_link = f"-L{torch_dir}/lib -Wl,--no-as-needed -ltorch_cpu"
     nvcc = wanted_nvcc()
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHS) if nvcc else ""
@@ -98,7 +109,7 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
         objects = []
         for source in sorted((ROOT / "csrc" / folder).glob(pattern)):
             target = build / folder / f"{source.name}.o"
-            extra = ISA_FLAGS.get(source.stem, "") if source.suffix == ".cpp" else ""
+            extra = ISA_FLAGS.get(source.stem, "") if platform.machine() == "x86_64" else ""
             lines.append(f"build {target}: {rule} {source}\n  flags = {flags} {extra}")
             objects.append(str(target))
         return " ".join(objects)
@@ -108,18 +119,10 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     module = compile_all("core", "*.cpp", "cxx", f"{python} {defines}")
     lines.append(f"build {core}: link {module}\n  libs = -Wl,--unresolved-symbols=ignore-all")
     if nvcc:
-        root = nvcc.parent.parent
-        lib = next(
-            (
-                p
-                for p in (root / "lib64", root / "targets/x86_64-linux/lib", root / "lib")
-                if (p / "libcudart_static.a").exists()
-            ),
-            root / "lib64",
-        )
         lines += [
             f"rule nvcc\n  command = {nvcc} -ccbin {cxx} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
-            f" -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v {gencode(archs)} $flags -c $in -o $out"
+            " -Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden -Xptxas -v"
+            f" --compress-mode=size {gencode(archs)} $flags -c $in -o $out"
             " 2> $out.log || (cat $out.log >&2; false)\n  depfile = $out.d\n  deps = gcc",
             f"rule stub\n  command = {cxx} -x c -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out",
             f"build {build}/stub/libtorch_cuda.so: stub {ROOT}/csrc/cuda/stub.c",
@@ -127,8 +130,8 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
         objects = compile_all("cuda", "*.cu", "nvcc", f"{STABLE} -DUSE_CUDA {torch_include}")
         lines.append(
             f"build {out}/libflatmtl_cuda.so: link {objects} | {build}/stub/libtorch_cuda.so\n"
-            f"  libs = {torch_link} -L{build}/stub -ltorch_cuda -L{lib} -lcudart_static -ldl -lrt"
-            " -lpthread"
+            f"  libs = {torch_link} -L{build}/stub -ltorch_cuda -Wl,--as-needed,--exclude-libs,ALL"
+            f" -L{cuda_library_dir(nvcc)} -lcudart_static -ldl -lrt -lpthread"
         )
     return "\n".join(lines) + "\n"
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from flatmtl import ops
+# The operators themselves, not their wrappers: what a block hands them fits by construction, and the
+# wrappers' checks of every tensor, at every pass, would cost more than the kernels of a small model.
+_ops = torch.ops.flatmtl
 
 ALIGNMENT = 64  # bytes: every parameter's segment, and with it every row, begins on a cache line
 
@@ -89,8 +92,9 @@ class Block:
         for k in present:
             grad, dims = grads[k], self._dims[k]
             assert grad is not None
-            flat.append(grad if dims is None else grad.permute(dims))
-        return ops.pack_row_(row, flat, [self.offsets[k] for k in present])
+            flat.append((grad if dims is None else grad.permute(dims)).contiguous())
+        sq_norm: Tensor = _ops.pack_row_.default(row, flat, [self.offsets[k] for k in present])
+        return sq_norm
 
     def views(self, row: Tensor) -> list[Tensor]:
         """``row`` [P] as tensors shaped and laid out like the parameters; cached, no copy."""
@@ -109,25 +113,19 @@ class Block:
 
     def save(self) -> None:
         """Keeps the parameters as they are now."""
-        ops.pack_row_(self._saved, self._flat(self.params), self.offsets)
+        _ops.pack_row_.default(self._saved, self._flat(self.params), self.offsets)
 
     def perturb(
-        self, row: Tensor, sq_norm: Tensor, rho: Sequence[float], *, adaptive: bool, eta: float
+        self, row: Tensor, sq_norm: Tensor, rho: list[float], *, adaptive: bool, eta: float
     ) -> None:
         """Parameters <- saved + perturbation along ``row`` [P], a gradient of squared norm ``sq_norm``."""
         if adaptive:
-            sq_norm = ops.adaptive_sq_norm(self._saved, row, eta)
-        ops.perturb_(
-            self._flat(self.params),
-            self._saved,
-            row,
-            sq_norm,
-            self.offsets,
-            rho,
-            adaptive=adaptive,
-            eta=eta,
-        )
+            sq_norm = _ops.adaptive_sq_norm.default(self._saved, row, eta)
+        flat = self._flat(self.params)
+        _ops.perturb_.default(flat, self._saved, row, sq_norm, self.offsets, rho, adaptive, eta)
+        torch.autograd.graph.increment_version(self.params)
 
     def restore(self) -> None:
         """Parameters <- saved, bit for bit, in their own storage."""
-        ops.restore_(self._flat(self.params), self._saved, self.offsets)
+        _ops.restore_.default(self._flat(self.params), self._saved, self.offsets)
+        torch.autograd.graph.increment_version(self.params)

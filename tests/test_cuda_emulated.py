@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = ROOT.parent / "csrc" / "kernels"
 CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 DTYPES = list(CODES)
 TASKS = [1, 2, 3, 5, 8, 9, 16, 17, 33, 40, 65]

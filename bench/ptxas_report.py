@@ -1,0 +1,226 @@
+"""What the compiler made of the CUDA kernels: registers, shared memory, spills, occupancy, wide loads.
+
+    python bench/ptxas_report.py                        compile csrc/cuda/*.cu, print the table
+    python bench/ptxas_report.py --log build/**/*.log   read `-Xptxas -v` output of a build instead
+    python bench/ptxas_report.py --markdown docs/kernels_static.md
+
+Ends with status 1 if a kernel spills or has a stack frame, or if a hot loop lost its 16-byte loads.
+No GPU is needed. The wide loads are read from SASS, which takes cuobjdump (or nvdisasm) of a CUDA
+toolkit on the PATH or in $CUDA_HOME/bin; without it that part is skipped, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHS = (80, 90, 100, 120)
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+# Threads, blocks and shared memory (bytes) a multiprocessor holds; CUDA programming guide, table of
+# compute capabilities. A block costs 1 KiB of shared memory more than it asks for.
+LIMITS = {80: (2048, 32, 164), 90: (2048, 32, 228), 100: (2048, 32, 228), 120: (1536, 24, 100)}
+REGISTERS = 65536
+# Threads of a block where it is not 256, and dynamic shared memory at its largest common size.
+BLOCKS = {
+    "gram_tiled_kernel<float, 8": (160, 17 * 1024),  # T = 32
+    "gram_tiled_kernel<__half, 8": (160, 17 * 1024),
+    "gram_tiled_kernel<__nv_bfloat16, 8": (160, 17 * 1024),
+    "gram_tiled_kernel": (160, 9 * 1024),  # T = 16
+    "advance_kernel": (1, 0),
+}
+# Kernels whose loops must read 16 bytes a load.
+WIDE = ("gram_small_kernel", "gram_tiled_kernel", "combine_kernel")
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\d+)a?'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<store>\d+) bytes spill stores, (?P<load>\d+) bytes spill"
+    r" loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    arch: int
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Threads and dynamic shared memory of a block."""
+        for prefix, value in BLOCKS.items():
+            if self.name.startswith(prefix):
+                return value
+        return 256, 0
+
+    @property
+    def occupancy(self) -> float:
+        """Resident threads over the most a multiprocessor can hold."""
+        threads, blocks, shared_kib = LIMITS[self.arch]
+        size, dynamic = self.block
+        warps = -(-size // 32)
+        per_warp = -(-self.registers * 32 // 256) * 256
+        resident = min(
+            blocks,
+            threads // (warps * 32),
+            REGISTERS // (per_warp * warps),
+            shared_kib * 1024 // (self.shared + dynamic + 1024),
+        )
+        return resident * size / threads
+
+    @property
+    def clean(self) -> bool:
+        return self.stack == 0 and self.spills == 0
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Short readable names: no namespace, no arguments."""
+    tool = shutil.which("c++filt")
+    if tool and names:
+        text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+        names = text.stdout.splitlines()
+    short = []
+    for name in names:
+        name = re.sub(r"\((flatmtl::kernels::Finish)\)", "", name).replace("(bool)", "")
+        name = name.replace("flatmtl::kernels::", "").removeprefix("void ")
+        short.append(re.sub(r"\(.*", "", name))
+    return short
+
+
+def parse(text: str) -> list[Kernel]:
+    """The kernels of a `-Xptxas -v` log."""
+    found = list(ENTRY.finditer(text))
+    names = demangle([m["name"] for m in found])
+    kernels = []
+    for name, m in zip(names, found, strict=True):
+        shared = re.search(r"(\d+) bytes smem", m["rest"])
+        kernels.append(
+            Kernel(name, int(m["arch"]), int(m["registers"]), int(shared[1]) if shared else 0,
+                   int(m["stack"]), int(m["store"]) + int(m["load"]))
+        )
+    return kernels
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(name, path=f"{home}/bin" if home else None) or shutil.which(name)
+
+
+def compile_cubin(nvcc: str, source: Path, arch: int, folder: Path) -> tuple[Path, str]:
+    """One source for one architecture: the cubin and ptxas' log."""
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    out = folder / f"{source.stem}.sm_{arch}.cubin"
+    command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-DUSE_CUDA",
+               "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}", "-Xptxas", "-v",
+               str(source), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return out, done.stderr
+
+
+def wide_loads(disassembler: str, cubin: Path) -> dict[str, int]:
+    """Global loads of 128 bits or more in each kernel of a cubin."""
+    flag = ["-sass"] if Path(disassembler).name == "cuobjdump" else []
+    text = subprocess.run([disassembler, *flag, str(cubin)], capture_output=True, text=True, check=True)
+    counts: dict[str, int] = {}
+    current = ""
+    for line in text.stdout.splitlines():
+        heading = re.search(r"Function : (\S+)|^\.text\.(\S+):", line)
+        if heading:
+            current = heading[1] or heading[2]
+            counts[current] = 0
+        elif current and re.search(r"LDG\.E\S*\.(128|ENL2\.256)", line):
+            counts[current] += 1
+    return dict(zip(demangle(list(counts)), counts.values(), strict=True))
+
+
+def table(kernels: list[Kernel]) -> str:
+    """One row a kernel: registers and occupancy for every architecture."""
+    archs = sorted({k.arch for k in kernels})
+    by_name: dict[str, dict[int, Kernel]] = {}
+    for k in kernels:
+        by_name.setdefault(k.name, {})[k.arch] = k
+    head = "| kernel | block | shared | " + " | ".join(f"sm_{a}" for a in archs) + " | spills, stack |"
+    lines = [head, "|" + " --- |" * (len(archs) + 4)]
+    for name in sorted(by_name):
+        found = by_name[name]
+        any_ = next(iter(found.values()))
+        size, dynamic = any_.block
+        cells = [f"{found[a].registers} regs, {found[a].occupancy:.0%}" if a in found else "-" for a in archs]
+        bad = [f"sm_{k.arch}: {k.spills}, {k.stack}" for k in found.values() if not k.clean]
+        shared = f"{any_.shared} + {dynamic}" if dynamic else str(any_.shared)
+        lines.append(f"| `{name}` | {size} | {shared} | {' | '.join(cells)} | {'; '.join(bad) or '0'} |")
+    return "\n".join(lines)
+
+
+def check_wide(cubins: list[Path]) -> tuple[list[str], bool]:
+    """What SASS says of the 16-byte loads; False if a hot kernel has none."""
+    disassembler = tool("cuobjdump") or tool("nvdisasm")
+    if disassembler is None:
+        return ["16-byte loads: not checked, neither cuobjdump nor nvdisasm was found"], True
+    total, missing = 0, []
+    for cubin in cubins:
+        for name, count in wide_loads(disassembler, cubin).items():
+            if name.startswith(WIDE):
+                total += 1
+                if count == 0:
+                    missing.append(f"{name} ({cubin.suffixes[0][1:]})")
+    lines = [f"16-byte loads: in {total - len(missing)} of {total} gram and combine kernels"]
+    return lines + [f"  none in {m}" for m in missing], not missing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--log", nargs="+", type=Path, help="read these -Xptxas -v logs, compile nothing")
+    parser.add_argument("--markdown", type=Path, help="write the table there too")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once (default 2)")
+    options = parser.parse_args()
+
+    notes, wide_ok = ["16-byte loads: not checked, they need a compilation"], True
+    if options.log:
+        text = "\n".join(path.read_text() for path in options.log)
+    else:
+        nvcc = tool("nvcc")
+        if nvcc is None:
+            sys.exit("nvcc was not found: install a CUDA toolkit, or give the log of a build with --log")
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+            work = [(s, a) for s in SOURCES for a in ARCHS]
+            done = list(pool.map(lambda w: compile_cubin(nvcc, *w, Path(folder)), work))
+            text = "\n".join(log for _, log in done)
+            notes, wide_ok = check_wide([cubin for cubin, _ in done])
+
+    kernels = list(dict.fromkeys(parse(text)))
+    if not kernels:
+        sys.exit("no kernels were found: the log must come from nvcc -Xptxas -v")
+    bad = [k for k in kernels if not k.clean]
+    report = table(kernels)
+    summary = [f"{len(kernels)} kernels for sm_{', sm_'.join(str(a) for a in sorted({k.arch for k in kernels}))}:"
+               f" {len(bad)} with spills or a stack frame", *notes]
+    print(report, "", *summary, sep="\n")
+    if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        title = ("# Static report on the CUDA kernels\n\nWritten by `bench/ptxas_report.py`; nothing here was"
+                 " measured on a GPU. Occupancy is what registers, shared memory and block size allow.\n\n")
+        options.markdown.write_text(title + report + "\n\n" + "\n".join(summary) + "\n")
+    sys.exit(1 if bad or not wide_ok else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+// What every CUDA binding needs: device guard, stream, scratch, dtype switch. Included by .cu only.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <tuple>
+#include <vector>
+
+#include "../common/check.h"
+#include "../kernels/vec.cuh"
+
+namespace flatmtl::cuda {
+
+namespace stable = torch::stable;
+
+// The device of a tensor is current while this lives; kernels and scratch go on its current stream.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// Uninitialised, on the device of `like`. The caching allocator ties it to the current stream, so
+// scratch may be dropped as soon as its last kernel is launched.
+inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  const std::vector<int64_t> shape(sizes);
+  return stable::new_empty(like, shape, type);
+}
+
+inline Tensor scratch(const Tensor& like, int64_t doubles) {
+  return fresh(like, {doubles}, ScalarType::Double);
+}
+
+template <class T>
+const T* in(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// t: [T, P], checked.
+template <class T>
+kernels::Rows<const T> rows(const Tensor& t) {
+  return kernels::rows_of<const T>(in<T>(t), t.size(0) > 1 ? t.stride(0) : t.size(1), t.size(0));
+}
+
+inline int row_bytes(const Tensor& t) { return static_cast<int>(t.element_size()); }
+
+// Calls f(T{}) with the row type of t, which check_row_type has seen.
+template <class F>
+auto with_row_type(const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(__half{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+// Grid and Gram indices are int: far above any number of tasks that fits a device.
+inline int count_of(const char* name, int64_t n) {
+  STD_TORCH_CHECK(n <= 32768, name, " must have at most 32768 rows, got ", n);
+  return static_cast<int>(n);
+}
+
+}  // namespace flatmtl::cuda

@@ -1,0 +1,97 @@
+// How gram.cuh cuts a [T, P] matrix: from the shape and the element size alone, never from the
+// device. Plain host code: the bindings size the scratch with it.
+#pragma once
+
+#include <cstdint>
+
+namespace flatmtl::kernels {
+
+constexpr int kSmallTasks = 8;     // up to here every thread holds the whole triangle in registers
+constexpr int kBlockRows = 64;     // rows of J in one row block of the tiled kernel
+constexpr int kStageVectors = 32;  // 16-byte vectors of a row in one stage
+constexpr int64_t kMaxBlocks = 1024;
+constexpr int64_t kMaxPartials = int64_t{1} << 21;  // doubles of scratch: 16 MiB
+
+constexpr int64_t at_least(int64_t x, int64_t floor) { return x < floor ? floor : x; }
+constexpr int64_t at_most(int64_t x, int64_t ceiling) { return x > ceiling ? ceiling : x; }
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
+
+// Kernels where a thread walks packs: one block of 256 threads sums `steps` packs a thread at a
+// time (a span), and takes the spans chunk, chunk + chunks, ...
+struct StripPlan {
+  int64_t chunks;
+  int steps;
+};
+
+// unroll: packs loaded at once; steps is a multiple of it.
+inline StripPlan strip_plan(int64_t columns, int pack, int unroll) {
+  constexpr int64_t kBlock = 256, kWanted = 512, kLane = 128, kChunks = 4096;
+  const int64_t packs = div_up(columns, pack);
+  int64_t steps = at_least(div_up(packs, kBlock * kWanted), unroll);
+  steps = at_most(div_up(steps, unroll) * unroll, kLane / pack);
+  return {at_most(div_up(packs, kBlock * steps), kChunks), static_cast<int>(steps)};
+}
+
+// Tiled kernel: a stage of columns of all rows of one or two row blocks is in shared memory at a
+// time.
+struct TilePlan {
+  int64_t chunks;
+  int64_t stages_per_chunk;
+  int tile;        // a thread's register tile is tile x tile entries of G
+  int row_blocks;  // ceil(T / 64)
+  int threads;
+  int64_t shared_bytes;
+};
+
+// The 8 x 8 tile needs about 140 registers a thread: smaller blocks keep two or three on a
+// multiprocessor.
+constexpr int tile_threads(int tile) { return tile == 8 ? 192 : 256; }
+
+// Slices of a stage's columns a thread team is split into: the largest power of two that fits.
+inline int slices_of(int tiles, int threads) {
+  int slices = 1;
+  while (slices * 2 * tiles <= threads && slices * 2 <= kStageVectors) slices *= 2;
+  return slices;
+}
+
+inline TilePlan tile_plan(int64_t tasks, int64_t columns, int acc_bytes) {
+  TilePlan plan{};
+  plan.tile = acc_bytes == 8 || tasks <= 16 ? 4 : 8;
+  plan.row_blocks = static_cast<int>(div_up(tasks, kBlockRows));
+  const int rows = static_cast<int>(at_most(tasks, kBlockRows));
+  const int side = static_cast<int>(div_up(rows, plan.tile));
+  const bool pairs = plan.row_blocks > 1;
+  const int tiles = pairs ? side * side : static_cast<int>(triangle(side));
+  plan.threads =
+      static_cast<int>(div_up(int64_t{tiles} * slices_of(tiles, tile_threads(plan.tile)), 32) * 32);
+  // Rows of kStageVectors + 1 vectors, one more a tile; afterwards the slices' sums are exchanged
+  // there.
+  const int64_t staged = (pairs ? 2 : 1) * side * (plan.tile * (kStageVectors + 1) + 1) * 16;
+  const int64_t exchanged = int64_t{plan.threads} * plan.tile * acc_bytes;
+  plan.shared_bytes = at_least(staged, exchanged);
+  const int64_t stages = div_up(columns, int64_t{kStageVectors} * 16 / acc_bytes);
+  const int64_t most = at_least(at_most(kMaxPartials / triangle(tasks), kMaxBlocks), 1);
+  plan.stages_per_chunk = at_least(div_up(stages, most), 8);
+  plan.chunks = div_up(stages, plan.stages_per_chunk);
+  return plan;
+}
+
+// Packs in flight a thread of the small kernel: enough loads without spilling.
+constexpr int small_unroll(int tasks, bool difference) {
+  const int rows = difference ? 2 * tasks : tasks;
+  return rows <= 1 ? 4 : rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+}
+
+// Doubles of scratch that gram and gram_difference need.
+inline int64_t gram_partials(int64_t tasks, int64_t columns, int row_bytes, bool difference) {
+  const int acc_bytes = row_bytes == 8 ? 8 : 4;
+  const int64_t chunks =
+      tasks <= kSmallTasks
+          ? strip_plan(columns, 16 / row_bytes, small_unroll(static_cast<int>(tasks), difference))
+                .chunks
+          : tile_plan(tasks, columns, acc_bytes).chunks;
+  return triangle(tasks) * chunks;
+}
+
+}  // namespace flatmtl::kernels
