@@ -90,7 +90,9 @@ def demangle(names: list[str]) -> list[str]:
     """Short readable names: no namespace, no arguments."""
     tool = shutil.which("c++filt")
     if tool and names:
-        text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [tool], input="\n".join(names), capture_output=True, text=True, check=True
+        )
         names = text.stdout.splitlines()
     short = []
     for name in names:
@@ -108,8 +110,14 @@ def parse(text: str) -> list[Kernel]:
     for name, m in zip(names, found, strict=True):
         shared = re.search(r"(\d+) bytes smem", m["rest"])
         kernels.append(
-            Kernel(name, int(m["arch"]), int(m["registers"]), int(shared[1]) if shared else 0,
-                   int(m["stack"]), int(m["store"]) + int(m["load"]))
+            Kernel(
+                name,
+                int(m["arch"]),
+                int(m["registers"]),
+                int(shared[1]) if shared else 0,
+                int(m["stack"]),
+                int(m["store"]) + int(m["load"]),
+            )
         )
     return kernels
 
@@ -126,9 +134,21 @@ def compile_cubin(nvcc: str, source: Path, arch: int, folder: Path) -> tuple[Pat
 
     include = Path(torch.__file__).parent / "include"
     out = folder / f"{source.stem}.sm_{arch}.cubin"
-    command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-DUSE_CUDA",
-               "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}", "-Xptxas", "-v",
-               str(source), "-o", str(out)]
+    command = [
+        nvcc,
+        "-cubin",
+        f"-arch=sm_{arch}",
+        "-std=c++17",
+        "-O3",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{include}",
+        "-Xptxas",
+        "-v",
+        str(source),
+        "-o",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
@@ -138,7 +158,9 @@ def compile_cubin(nvcc: str, source: Path, arch: int, folder: Path) -> tuple[Pat
 def wide_loads(disassembler: str, cubin: Path) -> dict[str, int]:
     """Global loads of 128 bits or more in each kernel of a cubin."""
     flag = ["-sass"] if Path(disassembler).name == "cuobjdump" else []
-    text = subprocess.run([disassembler, *flag, str(cubin)], capture_output=True, text=True, check=True)
+    text = subprocess.run(
+        [disassembler, *flag, str(cubin)], capture_output=True, text=True, check=True
+    )
     counts: dict[str, int] = {}
     current = ""
     for line in text.stdout.splitlines():
@@ -157,16 +179,23 @@ def table(kernels: list[Kernel]) -> str:
     by_name: dict[str, dict[int, Kernel]] = {}
     for k in kernels:
         by_name.setdefault(k.name, {})[k.arch] = k
-    head = "| kernel | block | shared | " + " | ".join(f"sm_{a}" for a in archs) + " | spills, stack |"
+    head = (
+        "| kernel | block | shared | " + " | ".join(f"sm_{a}" for a in archs) + " | spills, stack |"
+    )
     lines = [head, "|" + " --- |" * (len(archs) + 4)]
     for name in sorted(by_name):
         found = by_name[name]
         any_ = next(iter(found.values()))
         size, dynamic = any_.block
-        cells = [f"{found[a].registers} regs, {found[a].occupancy:.0%}" if a in found else "-" for a in archs]
+        cells = [
+            f"{found[a].registers} regs, {found[a].occupancy:.0%}" if a in found else "-"
+            for a in archs
+        ]
         bad = [f"sm_{k.arch}: {k.spills}, {k.stack}" for k in found.values() if not k.clean]
         shared = f"{any_.shared} + {dynamic}" if dynamic else str(any_.shared)
-        lines.append(f"| `{name}` | {size} | {shared} | {' | '.join(cells)} | {'; '.join(bad) or '0'} |")
+        lines.append(
+            f"| `{name}` | {size} | {shared} | {' | '.join(cells)} | {'; '.join(bad) or '0'} |"
+        )
     return "\n".join(lines)
 
 
@@ -187,8 +216,12 @@ def check_wide(cubins: list[Path]) -> tuple[list[str], bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--log", nargs="+", type=Path, help="read these -Xptxas -v logs, compile nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--log", nargs="+", type=Path, help="read these -Xptxas -v logs, compile nothing"
+    )
     parser.add_argument("--markdown", type=Path, help="write the table there too")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once (default 2)")
     options = parser.parse_args()
@@ -199,7 +232,9 @@ def main() -> None:
     else:
         nvcc = tool("nvcc")
         if nvcc is None:
-            sys.exit("nvcc was not found: install a CUDA toolkit, or give the log of a build with --log")
+            sys.exit(
+                "nvcc was not found: install a CUDA toolkit, or give the log of a build with --log"
+            )
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
             work = [(s, a) for s in SOURCES for a in ARCHS]
             done = list(pool.map(lambda w: compile_cubin(nvcc, *w, Path(folder)), work))
@@ -211,13 +246,18 @@ def main() -> None:
         sys.exit("no kernels were found: the log must come from nvcc -Xptxas -v")
     bad = [k for k in kernels if not k.clean]
     report = table(kernels)
-    summary = [f"{len(kernels)} kernels for sm_{', sm_'.join(str(a) for a in sorted({k.arch for k in kernels}))}:"
-               f" {len(bad)} with spills or a stack frame", *notes]
+    summary = [
+        f"{len(kernels)} kernels for sm_{', sm_'.join(str(a) for a in sorted({k.arch for k in kernels}))}:"
+        f" {len(bad)} with spills or a stack frame",
+        *notes,
+    ]
     print(report, "", *summary, sep="\n")
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        title = ("# Static report on the CUDA kernels\n\nWritten by `bench/ptxas_report.py`; nothing here was"
-                 " measured on a GPU. Occupancy is what registers, shared memory and block size allow.\n\n")
+        title = (
+            "# Static report on the CUDA kernels\n\nWritten by `bench/ptxas_report.py`; nothing here was"
+            " measured on a GPU. Occupancy is what registers, shared memory and block size allow.\n\n"
+        )
         options.markdown.write_text(title + report + "\n\n" + "\n".join(summary) + "\n")
     sys.exit(1 if bad or not wide_ok else 0)
 

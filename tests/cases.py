@@ -7,10 +7,9 @@ type, plus a floor of a few roundings for inputs on which plain torch happens to
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
-
-import oracles
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TASKS = [1, 2, 3, 5, 8, 9, 16, 17, 33, 40, 65, 200]

@@ -74,7 +74,7 @@ def pack(row: Array, grads: Sequence[Array], offsets: Sequence[int]) -> Array:
 
 
 def adaptive_sq_norm(saved: Array, row: Array, eta: float) -> float:
-    return ((((np.abs(saved) + eta) * row)) ** 2).sum()
+    return (((np.abs(saved) + eta) * row) ** 2).sum()
 
 
 def perturb(saved: Array, row: Array, sq_norm: float, rho: float) -> Array:

@@ -7,11 +7,10 @@ parameters too: g_SAM = g + A'A eps.
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-
-import oracles
 
 
 class Problem:
@@ -23,9 +22,11 @@ class Problem:
     ) -> None:  # fmt: skip
         scale = np.broadcast_to(scale, (tasks,))
         size = shared + head
+        # Far targets: the gradients point in all directions, so that tasks do conflict. Near ones
+        # would leave A'A x, of which all tasks have much in common.
         self.tasks = [
             oracles.Quadratic(scale[i] * rng.standard_normal((size + 2, size)),
-                              scale[i] * rng.standard_normal(size + 2))
+                              scale[i] * 20 * rng.standard_normal(size + 2))
             for i in range(tasks)
         ]  # fmt: skip
         self.count, self.dtype, self.device = tasks, dtype, device

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import SEED
+
 from flatmtl.ops import _library
 
 TESTS = Path(__file__).parent
@@ -30,7 +30,9 @@ def test_ops_with_an_older_instruction_set(isa):
     files = [str(TESTS / f"test_ops_{name}.py") for name in FILES]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", ONLY]
     env = {**os.environ, "FLATMTL_CPU_ISA": isa, "FLATMTL_TEST_SEED": str(SEED)}
-    done = subprocess.run([*command, *files], env=env, capture_output=True, text=True, cwd=TESTS.parent)
+    done = subprocess.run(
+        [*command, *files], env=env, capture_output=True, text=True, cwd=TESTS.parent
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

@@ -38,10 +38,24 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to b
 def built(tmp_path_factory):
     """The emulation as a ctypes library."""
     out = tmp_path_factory.mktemp("cuda_emulation") / "emulated.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-class-memaccess"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-class-memaccess",
+    ]
     flags += ["-fsanitize=address"] if ASAN else []
     sources = [ROOT / "cuda_emulation" / name for name in ("emulator.cpp", "library.cpp")]
-    command = ["g++", *flags, "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{ROOT}/cuda_emulation"]
+    command = [
+        "g++",
+        *flags,
+        "-fno-strict-aliasing",
+        "-shared",
+        "-fPIC",
+        f"-I{ROOT}/cuda_emulation",
+    ]
     done = subprocess.run([*command, *sources, "-o", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(out))
@@ -137,8 +151,10 @@ def relative(out, ref):
     out, ref = np.asarray(out, np.longdouble), np.asarray(ref, np.longdouble)
     assert np.isfinite(ref).all() and np.isfinite(out).all()
     norm = np.linalg.norm(ref.ravel().astype(np.float64))
-    return float(np.linalg.norm((out - ref).ravel().astype(np.float64)) / norm) if norm else float(
-        np.abs(out).max(initial=0)
+    return (
+        float(np.linalg.norm((out - ref).ravel().astype(np.float64)) / norm)
+        if norm
+        else float(np.abs(out).max(initial=0))
     )
 
 
@@ -154,7 +170,10 @@ LAYOUTS = {"aligned": (0, 0), "shifted": (1, 0), "odd stride": (0, 3), "both": (
 def matrix(rng, tasks, columns, dtype, layout="aligned"):
     """Random rows of mixed scale: the buffer, and its values."""
     scale = 10.0 ** rng.uniform(-1, 1, (tasks, 1))
-    held = buffer(to_row(rng.standard_normal((tasks, columns)) * scale, dtype), *pad_of(layout, columns, dtype))
+    held = buffer(
+        to_row(rng.standard_normal((tasks, columns)) * scale, dtype),
+        *pad_of(layout, columns, dtype),
+    )
     return held, from_row(held.view, dtype)
 
 
@@ -174,11 +193,19 @@ def higher(x):
 def test_half_conversions_are_numpys(built, rng):
     every = np.arange(65536, dtype=np.uint16)
     back = np.empty(65536, np.float32)
-    built.emulated_float(every.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(65536), back.ctypes.data_as(ctypes.c_void_p))
+    built.emulated_float(
+        every.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(65536),
+        back.ctypes.data_as(ctypes.c_void_p),
+    )
     assert np.array_equal(back, every.view(np.float16).astype(np.float32), equal_nan=True)
     x = (rng.standard_normal(100000) * 10.0 ** rng.uniform(-9, 6, 100000)).astype(np.float32)
     bits = np.empty(x.size, np.uint16)
-    built.emulated_half(x.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(x.size), bits.ctypes.data_as(ctypes.c_void_p))
+    built.emulated_half(
+        x.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(x.size),
+        bits.ctypes.data_as(ctypes.c_void_p),
+    )
     with np.errstate(over="ignore"):
         assert np.array_equal(bits, x.astype(np.float16).view(np.uint16))
 
@@ -189,8 +216,18 @@ def test_half_conversions_are_numpys(built, rng):
 def gram(emu, dtype, jac, tasks, columns, sam=None):
     out = doubles(np.full((tasks, tasks), np.nan))
     s, s_stride = (sam.address, sam.stride) if sam else (None, 0)
-    run(emu.emulated_gram(CODES[dtype], jac.address, ctypes.c_int64(jac.stride), s, ctypes.c_int64(s_stride),
-                          tasks, ctypes.c_int64(columns), out.address))
+    run(
+        emu.emulated_gram(
+            CODES[dtype],
+            jac.address,
+            ctypes.c_int64(jac.stride),
+            s,
+            ctypes.c_int64(s_stride),
+            tasks,
+            ctypes.c_int64(columns),
+            out.address,
+        )
+    )
     out.check()
     return out.view
 
@@ -219,7 +256,13 @@ def test_gram(built, rng, tasks, dtype, difference):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [0, 1, 7, 4099, 16411])
 def test_gram_columns(emu, rng, dtype, columns):
-    for tasks, layout in ((2, "aligned"), (7, "both"), (8, "aligned"), (12, "odd stride"), (20, "aligned")):
+    for tasks, layout in (
+        (2, "aligned"),
+        (7, "both"),
+        (8, "aligned"),
+        (12, "odd stride"),
+        (20, "aligned"),
+    ):
         check_gram(emu, rng, dtype, tasks, columns, layout, False)
 
 
@@ -244,7 +287,11 @@ def test_gram_of_many_spans(emu, rng):
     x = rng.standard_normal((3, 40009)).astype(np.float32)
     held = buffer(x)
     out = doubles(np.full((6, 2), np.nan))
-    run(emu.emulated_gram_spans(held.address, ctypes.c_int64(40009), ctypes.c_int64(2), 4, out.address))
+    run(
+        emu.emulated_gram_spans(
+            held.address, ctypes.c_int64(40009), ctypes.c_int64(2), 4, out.address
+        )
+    )
     out.check()
     full = higher(x) @ higher(x).T
     assert relative(out.view.sum(1), full[np.triu_indices(3)]) < 1e-6
@@ -256,8 +303,16 @@ def test_row_norms(emu, rng, dtype, columns):
     for tasks, layout in ((1, "aligned"), (3, "both"), (9, "odd stride")):
         jac, j = matrix(rng, tasks, columns, dtype, layout)
         out = doubles(np.full(tasks, np.nan))
-        run(emu.emulated_row_norms(CODES[dtype], jac.address, ctypes.c_int64(jac.stride), tasks,
-                                   ctypes.c_int64(columns), out.address))
+        run(
+            emu.emulated_row_norms(
+                CODES[dtype],
+                jac.address,
+                ctypes.c_int64(jac.stride),
+                tasks,
+                ctypes.c_int64(columns),
+                out.address,
+            )
+        )
         out.check()
         ref = np.sqrt((higher(j) ** 2).sum(1))
         plain = np.sqrt((j.astype(acc_type(dtype)) ** 2).sum(1))
@@ -289,8 +344,20 @@ def test_combine(built, rng, dtype, tasks):
             jac.view[1] = to_row(np.full(columns, np.nan), dtype)
         out = buffer(to_row(np.full(columns, np.nan), dtype), shift=n % 2)
         w = doubles(a)
-        run(built.emulated_combine(CODES[dtype], jac.address, ctypes.c_int64(jac.stride), w.address, None,
-                                   ctypes.c_int64(0), None, tasks, ctypes.c_int64(columns), out.address))
+        run(
+            built.emulated_combine(
+                CODES[dtype],
+                jac.address,
+                ctypes.c_int64(jac.stride),
+                w.address,
+                None,
+                ctypes.c_int64(0),
+                None,
+                tasks,
+                ctypes.c_int64(columns),
+                out.address,
+            )
+        )
         out.check()
         used = a != 0
         ref, plain, cancels = weighted(a[used], j[used], dtype)
@@ -310,14 +377,27 @@ def test_combine_flat(emu, rng, dtype, columns):
             jac.view[1] = sam.view[1] = sam.view[3] = to_row(np.full(columns, np.nan), dtype)
         out = buffer(to_row(np.full(columns, np.nan), dtype))
         wa, wb = doubles(a), doubles(b)
-        run(emu.emulated_combine(CODES[dtype], jac.address, ctypes.c_int64(jac.stride), wa.address, sam.address,
-                                 ctypes.c_int64(sam.stride), wb.address, tasks, ctypes.c_int64(columns),
-                                 out.address))
+        run(
+            emu.emulated_combine(
+                CODES[dtype],
+                jac.address,
+                ctypes.c_int64(jac.stride),
+                wa.address,
+                sam.address,
+                ctypes.c_int64(sam.stride),
+                wb.address,
+                tasks,
+                ctypes.c_int64(columns),
+                out.address,
+            )
+        )
         out.check()
         acc = acc_type(dtype)
         difference = (s.astype(acc) - j.astype(acc)).astype(np.float64)
         used, flat = a != 0, b != 0
-        ref, plain, cancels = weighted(np.r_[a[used], b[flat]], np.r_[j[used], difference[flat]], dtype)
+        ref, plain, cancels = weighted(
+            np.r_[a[used], b[flat]], np.r_[j[used], difference[flat]], dtype
+        )
         assert_close(from_row(out.view[0], dtype), ref, plain, dtype, row=True, cancels=cancels)
 
 
@@ -327,8 +407,20 @@ def test_combine_into_a_row_of_j(emu, rng):
     w = doubles(a)
     target = ctypes.c_void_p(jac.address.value + 2 * jac.stride * 4)
     before = j.copy()
-    run(emu.emulated_combine(0, jac.address, ctypes.c_int64(jac.stride), w.address, None, ctypes.c_int64(0), None,
-                             4, ctypes.c_int64(5003), target))
+    run(
+        emu.emulated_combine(
+            0,
+            jac.address,
+            ctypes.c_int64(jac.stride),
+            w.address,
+            None,
+            ctypes.c_int64(0),
+            None,
+            4,
+            ctypes.c_int64(5003),
+            target,
+        )
+    )
     jac.check()
     ref, plain, cancels = weighted(a, before, "float32")
     assert_close(jac.view[2], ref, plain, "float32", row=True, cancels=cancels)
@@ -342,10 +434,23 @@ def test_project(built, rng, dtype, tasks, outputs):
         layout = list(LAYOUTS)[(n + tasks) % 4]
         jac, j = matrix(rng, tasks, columns, dtype, layout)
         c = rng.standard_normal((outputs, tasks)) * (rng.random((outputs, tasks)) < 0.7)
-        out = buffer(to_row(np.full((outputs, columns), np.nan), dtype), *pad_of(layout, columns, dtype))
+        out = buffer(
+            to_row(np.full((outputs, columns), np.nan), dtype), *pad_of(layout, columns, dtype)
+        )
         held = doubles(c)
-        run(built.emulated_project(CODES[dtype], jac.address, ctypes.c_int64(jac.stride), held.address, tasks,
-                                   outputs, ctypes.c_int64(columns), out.address, ctypes.c_int64(out.stride)))
+        run(
+            built.emulated_project(
+                CODES[dtype],
+                jac.address,
+                ctypes.c_int64(jac.stride),
+                held.address,
+                tasks,
+                outputs,
+                ctypes.c_int64(columns),
+                out.address,
+                ctypes.c_int64(out.stride),
+            )
+        )
         out.check()
         ref, plain, cancels = weighted(c, j, dtype)
         assert_close(from_row(out.view, dtype), ref, plain, dtype, row=True, cancels=cancels)
@@ -357,8 +462,19 @@ def test_project_skips_zero_coefficients(emu, rng):
     jac.view[1] = np.nan
     c = doubles([[1.0, 0.0, 2.0]])
     out = buffer(np.zeros((1, 100), np.float32))
-    run(emu.emulated_project(0, jac.address, ctypes.c_int64(jac.stride), c.address, 3, 1, ctypes.c_int64(100),
-                             out.address, ctypes.c_int64(100)))
+    run(
+        emu.emulated_project(
+            0,
+            jac.address,
+            ctypes.c_int64(jac.stride),
+            c.address,
+            3,
+            1,
+            ctypes.c_int64(100),
+            out.address,
+            ctypes.c_int64(100),
+        )
+    )
     assert relative(out.view[0], j[0] + 2 * j[2]) < 1e-6
 
 
@@ -369,7 +485,11 @@ def test_affinity(emu, rng):
         losses = rng.random(tasks) + 0.1
         losses[: tasks // 4] = np.array([0, -1, np.nan, np.inf] * 10)[: tasks // 4]
         held, loss, out = doubles(g), doubles(losses), doubles(np.zeros((tasks, tasks)))
-        run(emu.emulated_affinity(held.address, loss.address, ctypes.c_int64(tasks), ctypes.c_double(0.1), out.address))
+        run(
+            emu.emulated_affinity(
+                held.address, loss.address, ctypes.c_int64(tasks), ctypes.c_double(0.1), out.address
+            )
+        )
         out.check()
         ref = 0.1 * g / np.where((losses > 0) & np.isfinite(losses), losses, np.nan)[:, None]
         assert np.allclose(out.view, ref, rtol=1e-15, equal_nan=True)
@@ -415,8 +535,18 @@ def test_pack_row(built, rng, dtype, sizes, shift, gap):
     row = buffer(to_row(np.full(columns, np.nan), dtype), shift)
     out = doubles([np.nan])
     _, pointers, starts, numels, count = table(grads, offsets)
-    run(built.emulated_pack_row(CODES[dtype], pointers, starts, numels, count, row.address,
-                                ctypes.c_int64(columns), out.address))
+    run(
+        built.emulated_pack_row(
+            CODES[dtype],
+            pointers,
+            starts,
+            numels,
+            count,
+            row.address,
+            ctypes.c_int64(columns),
+            out.address,
+        )
+    )
     row.check()
     expected = to_row(np.zeros(columns), dtype)
     for grad, at in zip(grads, offsets, strict=True):
@@ -430,7 +560,9 @@ def test_pack_row(built, rng, dtype, sizes, shift, gap):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
-@pytest.mark.parametrize("sizes, shift, gap", [("mixed", 0, 0), ("mixed", 1, 9), ("many", 0, 3), ("none", 0, 0)])
+@pytest.mark.parametrize(
+    "sizes, shift, gap", [("mixed", 0, 0), ("mixed", 1, 9), ("many", 0, 3), ("none", 0, 0)]
+)
 def test_perturb_and_restore(built, rng, dtype, adaptive, sizes, shift, gap):
     built.emulated_order(2, 5)
     params, offsets, columns = segments(rng, SIZES[sizes], dtype, shift, gap)
@@ -445,8 +577,22 @@ def test_perturb_and_restore(built, rng, dtype, adaptive, sizes, shift, gap):
 
     def perturb(row_, square):
         norm = doubles([square])
-        run(built.emulated_perturb(CODES[dtype], pointers, starts, numels, rhos, count, saved.address,
-                                   row_, norm.address, ctypes.c_int64(columns), int(adaptive), ctypes.c_double(eta)))
+        run(
+            built.emulated_perturb(
+                CODES[dtype],
+                pointers,
+                starts,
+                numels,
+                rhos,
+                count,
+                saved.address,
+                row_,
+                norm.address,
+                ctypes.c_int64(columns),
+                int(adaptive),
+                ctypes.c_double(eta),
+            )
+        )
         for p in params:
             p.check()
 
@@ -464,7 +610,13 @@ def test_perturb_and_restore(built, rng, dtype, adaptive, sizes, shift, gap):
         factor = (np.abs(theta) + eta) ** 2 if adaptive else 1.0
         ref = higher(theta) + np.longdouble(scale) * factor * higher(g)
         moved = theta.astype(acc) + scale * np.asarray(factor, acc) * g.astype(acc)
-        assert_close(from_row(params[k].view[0], dtype), ref, from_row(to_row(moved, dtype), dtype), dtype, row=True)
+        assert_close(
+            from_row(params[k].view[0], dtype),
+            ref,
+            from_row(to_row(moved, dtype), dtype),
+            dtype,
+            row=True,
+        )
 
     row.view[...] = to_row(np.full(columns, np.nan), dtype)
     for square in (0.0, np.nan, np.inf):
@@ -485,8 +637,16 @@ def test_adaptive_sq_norm(emu, rng, dtype, columns):
     for shift in (0, 1):
         saved, row = (buffer(to_row(rng.standard_normal(columns), dtype), s) for s in (shift, 0))
         out, eta = doubles([np.nan]), 0.01
-        run(emu.emulated_adaptive_sq_norm(CODES[dtype], saved.address, row.address, ctypes.c_int64(columns),
-                                          ctypes.c_double(eta), out.address))
+        run(
+            emu.emulated_adaptive_sq_norm(
+                CODES[dtype],
+                saved.address,
+                row.address,
+                ctypes.c_int64(columns),
+                ctypes.c_double(eta),
+                out.address,
+            )
+        )
         acc = acc_type(dtype)
         theta, g = from_row(saved.view[0], dtype), from_row(row.view[0], dtype)
         ref = ((np.abs(higher(theta)) + eta) * higher(g)) ** 2
@@ -517,8 +677,14 @@ def test_solvers_equal_the_serial_team(emu, rng, tasks):
     state = np.array([rng.integers(1 << 62), 5], np.int64)
     order = buffer(np.full((1, batch * tasks * tasks), -1, np.int64))
     drawn = state.copy()
-    run(emu.emulated_draw_orders(drawn.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(batch),
-                                 ctypes.c_int64(tasks), order.address))
+    run(
+        emu.emulated_draw_orders(
+            drawn.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_int64(batch),
+            ctypes.c_int64(tasks),
+            order.address,
+        )
+    )
     order.check()
     assert drawn[1] == 6 and drawn[0] == state[0]
     orders = order.view.reshape(batch, tasks, tasks)
@@ -528,23 +694,55 @@ def test_solvers_equal_the_serial_team(emu, rng, tasks):
     m, r = doubles(np.full(batch * tasks, np.nan)), doubles(np.full(batch, np.nan))
     status, mgda_status = (buffer(np.full(batch, -1, np.int64)) for _ in range(2))
     size = ctypes.c_int64(tasks)
-    run(emu.emulated_solve_pcgrad(held.address, order.address, ctypes.c_int64(batch), size, w.address,
-                                  c.address, status.address))
-    run(emu.emulated_solve_mgda(held.address, ctypes.c_int64(batch), size, ctypes.c_double(1e-9), m.address,
-                                mgda_status.address, r.address))
+    run(
+        emu.emulated_solve_pcgrad(
+            held.address,
+            order.address,
+            ctypes.c_int64(batch),
+            size,
+            w.address,
+            c.address,
+            status.address,
+        )
+    )
+    run(
+        emu.emulated_solve_mgda(
+            held.address,
+            ctypes.c_int64(batch),
+            size,
+            ctypes.c_double(1e-9),
+            m.address,
+            mgda_status.address,
+            r.address,
+        )
+    )
     for held_out in (w, c, m, r, status, mgda_status):
         held_out.check()
 
     for b in range(batch):
         one = buffer(g[b].reshape(1, -1))
         expected_order = buffer(np.zeros((1, tasks * tasks), np.int64))
-        emu.serial_draw_order(ctypes.c_uint64(int(state[0])), ctypes.c_uint64(5), ctypes.c_int64(b), size,
-                              expected_order.address)
+        emu.serial_draw_order(
+            ctypes.c_uint64(int(state[0])),
+            ctypes.c_uint64(5),
+            ctypes.c_int64(b),
+            size,
+            expected_order.address,
+        )
         assert np.array_equal(expected_order.view.ravel(), orders[b].ravel())
-        sw, sc, sm, sr = doubles(np.zeros(tasks)), doubles(np.zeros(tasks * tasks)), doubles(np.zeros(tasks)), doubles([0])
+        sw, sc, sm, sr = (
+            doubles(np.zeros(tasks)),
+            doubles(np.zeros(tasks * tasks)),
+            doubles(np.zeros(tasks)),
+            doubles([0]),
+        )
         ss, sms = (buffer(np.zeros(1, np.int64)) for _ in range(2))
-        emu.serial_pcgrad(one.address, expected_order.address, size, sw.address, sc.address, ss.address)
-        emu.serial_mgda(one.address, size, ctypes.c_double(1e-9), sm.address, sms.address, sr.address)
+        emu.serial_pcgrad(
+            one.address, expected_order.address, size, sw.address, sc.address, ss.address
+        )
+        emu.serial_mgda(
+            one.address, size, ctypes.c_double(1e-9), sm.address, sms.address, sr.address
+        )
         # PCGrad has no sums over the team: the same bits. MGDA's norms of rows are such sums.
         assert np.array_equal(w.view.reshape(batch, tasks)[b], sw.view[0])
         assert np.array_equal(c.view.reshape(batch, -1)[b], sc.view[0])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from quadratics import Problem, snapshot, untouched, values
 
-import oracles
 from flatmtl import SAM, MultiTaskOptimizer
 from flatmtl.weighting import MGDA, Mean, PCGrad, Sum
-from quadratics import Problem, snapshot, untouched, values
 
 LR = 0.01
 TOLERANCE = {"mean": 1e-12, "sum": 1e-12, "pcgrad": 1e-11, "mgda": 1e-6}
@@ -31,8 +31,16 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
     assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), (a, b)
 
 
-def check_step(problem: Problem, weighting, aggregate, sharpness, tolerance: float, closure=None,
-               rho: float | None = None, **options) -> MultiTaskOptimizer:
+def check_step(
+    problem: Problem,
+    weighting,
+    aggregate,
+    sharpness,
+    tolerance: float,
+    closure=None,
+    rho: float | None = None,
+    **options,
+) -> MultiTaskOptimizer:
     """One step: .grad, the losses returned and the parameters, all against numpy."""
     opt = MultiTaskOptimizer(
         torch.optim.SGD(problem.parameters(), lr=LR), weighting=weighting, sharpness=sharpness,
@@ -65,6 +73,26 @@ def partial(problem: Problem):
 
     closure.calls = []
     return closure
+
+
+def test_the_problems_conflict(rng):
+    """Otherwise PCGrad would be a sum here, and every order the same."""
+    conflicts, results = 0, []
+    for _ in range(10):
+        problem = Problem(rng, 3)
+        x, n = problem.shared_values(), 7
+        g = [q.gradient(np.append(x, h))[:n] for q, h in zip(problem.tasks, problem.head_values())]
+        conflicts += (oracles.gram(np.stack(g)) < 0).any()
+    assert conflicts >= 3
+    state = rng.bit_generator.state
+    for seed in (4, 5):
+        rng.bit_generator.state = state
+        problem = Problem(rng, 6, shared=4)
+        opt = MultiTaskOptimizer(torch.optim.SGD(problem.parameters(), lr=LR),
+                                 weighting=PCGrad(seed=seed), sharpness=SAM(0.1))  # fmt: skip
+        opt.step(problem.losses)
+        results.append(problem.shared_values())
+    assert not np.array_equal(*results)
 
 
 # ---- the step --------------------------------------------------------------------------------
@@ -173,7 +201,12 @@ def test_rho_per_group_is_live(rng):
     for rho, rho_head in [(0.4, 0.05), (0.1, 0.9), (0.0, 0.5), (0.3, 0.0)]:
         opt.param_groups[0]["rho"], base.param_groups[1]["rho"] = rho, rho_head
         d, own = oracles.fs_mtl_gradients(
-            problem.tasks, problem.shared_values(), problem.head_values(), oracles.mean, rho, rho_head
+            problem.tasks,
+            problem.shared_values(),
+            problem.head_values(),
+            oracles.mean,
+            rho,
+            rho_head,
         )
         opt.step(problem.losses)
         close(problem.shared_grad(), d, 1e-12)
@@ -185,7 +218,8 @@ def test_shared_norm_is_over_all_groups(rng):
     """Two groups of shared parameters: one norm, each group's own radius."""
     problem = Problem(rng, 2, head=0)
     base = torch.optim.SGD(
-        [{"params": problem.shared[:1], "rho": 0.2}, {"params": problem.shared[1:], "rho": 0.6}], lr=LR
+        [{"params": problem.shared[:1], "rho": 0.2}, {"params": problem.shared[1:], "rho": 0.6}],
+        lr=LR,
     )
     opt = MultiTaskOptimizer(base, weighting=Mean(), sharpness=SAM())
     x, cut = problem.shared_values(), problem.shared[0].numel()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
-
-import oracles
 
 
 @pytest.mark.parametrize("gram_type", [torch.float32, torch.float64])
@@ -31,7 +30,9 @@ def test_row_is_the_recipient(body):
 def test_losses_without_meaning(body):
     losses = [1.0, 0.0, -2.0, float("nan"), float("inf"), -float("inf"), 1e-30]
     g = torch.ones(7, 7, dtype=torch.float64, device=body.device)
-    z = body.public.affinity(g, torch.tensor(losses, dtype=torch.float64, device=body.device), 1.0).cpu()
+    z = body.public.affinity(
+        g, torch.tensor(losses, dtype=torch.float64, device=body.device), 1.0
+    ).cpu()
     assert torch.isnan(z[1:6]).all()
     assert (z[0] == 1).all() and np.allclose(z[6], 1e30, rtol=1e-12)
     ref = oracles.affinity(np.ones((7, 7)), np.array(losses), 1.0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_arguments import arguments, copied, tensors
 
 import flatmtl.ops
 from flatmtl.ops import _library, reference
-from op_arguments import arguments, copied, tensors
 
 OPS = list(arguments())
 ROW_TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -101,7 +101,9 @@ def test_compiles_in_one_graph(name, device):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("name", ["row_norms", "gram", "gram_difference", "combine", "combine_flat"])
+@pytest.mark.parametrize(
+    "name", ["row_norms", "gram", "gram_difference", "combine", "combine_flat"]
+)
 def test_compiles_for_any_size(name):
     """Dynamic shapes: a second size is no second graph and no error."""
     torch._dynamo.reset()
@@ -113,8 +115,7 @@ def test_compiles_for_any_size(name):
     compiled = torch.compile(run, fullgraph=True, backend=graphs, dynamic=True)
     for size in (37, 50, 129):
         args = [
-            torch.randn(*t.shape[:-1], size) if t.shape[-1] == 37 else t
-            for t in arguments()[name]
+            torch.randn(*t.shape[:-1], size) if t.shape[-1] == 37 else t for t in arguments()[name]
         ]
         expected, got = run(*copied(tuple(args))), compiled(*copied(tuple(args)))
         assert torch.equal(expected, got)

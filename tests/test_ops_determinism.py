@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from cases import dtypes, rows
 
 CASES = [(1, 300_007), (3, 100_003), (9, 50_001), (40, 20_011), (130, 4_111)]
@@ -59,7 +58,9 @@ def test_any_number_of_threads(body, dtype, tasks, size, threads, rng):
         assert same_bits(first, everything(body, *given)), f"{count} threads"
 
 
-@pytest.mark.parametrize("body", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(
+    "body", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
 @dtypes
 @pytest.mark.parametrize("tasks, size", [(3, 100_003), (40, 20_011)])
 def test_run_to_run(body, dtype, tasks, size, rng):

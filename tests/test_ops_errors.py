@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_arguments import SIZE, TASKS, arguments, copied, tensors
 
 from flatmtl import ops
-from op_arguments import SIZE, TASKS, arguments, copied, tensors
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 JAC = torch.randn(TASKS, SIZE)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
-
-import oracles
 from cases import (
     LAYOUTS,
     SIZES,

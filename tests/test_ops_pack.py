@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
-
-import oracles
 from cases import acc, check_close, dtypes, eps, numpy64, rows, truth
 
 SHAPES = [

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
-
-import oracles
 from cases import acc, dtypes, eps, numpy64, rows
 
 SHAPES = [(7, 3), (0,), (1,), (), (4, 3, 3, 3), (1029,), (64, 2), (40_001,)]
@@ -38,9 +37,7 @@ class Problem:
 
     def perturb(self, body, sq_norm, adaptive=False, eta=0.0) -> None:
         sq = torch.as_tensor(sq_norm, dtype=torch.float64, device=self.row.device)
-        body.perturb_(
-            self.params, self.saved, self.row, sq, self.offsets, self.rho, adaptive, eta
-        )
+        body.perturb_(self.params, self.saved, self.row, sq, self.offsets, self.rho, adaptive, eta)
 
     def segment(self, tensor: torch.Tensor, k: int) -> torch.Tensor:
         o, p = self.offsets[k], self.params[k]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from cases import dtypes, rows
+
 from flatmtl import ops
 
 

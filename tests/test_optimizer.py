@@ -8,14 +8,14 @@ import pickle
 import warnings
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from quadratics import Problem, snapshot, untouched, values
 from torch import nn
 
-import oracles
 from flatmtl import SAM, MultiTaskOptimizer
 from flatmtl.weighting import MGDA, Mean, PCGrad, Sum
-from quadratics import Problem, snapshot, untouched, values
 
 LR = 0.01
 SHARPNESS = [None, SAM(0.1), SAM(0.5, adaptive=True)]
@@ -160,7 +160,11 @@ def test_kinds_of_losses(sharpness, rng):
         for _ in range(3):
             expected = [x.item() for x in problem.losses()]
             losses = opt.step(lambda: form(problem.losses()))
-        kind = torch.Tensor if name == "stacked" else {"list": list, "tuple": tuple, "dict": dict}[name]
+        kind = (
+            torch.Tensor
+            if name == "stacked"
+            else {"list": list, "tuple": tuple, "dict": dict}[name]
+        )
         assert isinstance(losses, kind), name
         flat = list(losses.values()) if name == "dict" else list(losses)
         assert [x.item() for x in flat] == expected and not any(x.requires_grad for x in flat)
@@ -316,7 +320,9 @@ def test_parameter_shared_by_some_tasks_only(rng):
     weight = [2.0, 0.0, 3.0]
 
     def losses():
-        return [x + weight[i] * some.sum() if weight[i] else x for i, x in enumerate(problem.losses())]
+        return [
+            x + weight[i] * some.sum() if weight[i] else x for i, x in enumerate(problem.losses())
+        ]
 
     base = torch.optim.SGD([*problem.parameters(), some], lr=LR)
     wrap(problem, base=base).step(losses)
@@ -456,7 +462,9 @@ def test_autocast(sharpness):
             return [out.float().square().mean() for out in net(x)]
 
     opt.step(closure)
-    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in net.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in net.parameters()
+    )
 
 
 # ---- nothing but the step changes anything ---------------------------------------------------
@@ -632,7 +640,9 @@ def test_resume_to_the_bit(sharpness, rng):
     if sharpness is not None:
         opt.param_groups[0]["rho"] = 0.02
     stream = io.BytesIO()
-    torch.save({"opt": opt.state_dict(), "params": [p.detach() for p in problem.parameters()]}, stream)
+    torch.save(
+        {"opt": opt.state_dict(), "params": [p.detach() for p in problem.parameters()]}, stream
+    )
     for _ in range(3):
         opt.step(problem.losses)
 
@@ -725,7 +735,9 @@ def test_mean_is_ordinary_training(kind, sharpness):
         for p in trunk:
             p.grad /= 2
         base.step()
-        torch.testing.assert_close(torch.stack(mine), torch.stack(losses).detach(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            torch.stack(mine), torch.stack(losses).detach(), rtol=1e-9, atol=0
+        )
     for p, q in zip(nets[0].parameters(), nets[1].parameters()):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
     for p, q in zip(nets[0].buffers(), nets[1].buffers()):
@@ -997,5 +1009,7 @@ def test_errors_use_names_from_the_model():
     net.norm.double()
     opt = MultiTaskOptimizer(torch.optim.SGD(net.parameters(), lr=LR), weighting=Mean(), model=net)
     x = torch.randn(2, 3, 8, 8)
-    with pytest.raises((ValueError, TypeError), match="norm.weight|conv.weight|norm.bias|conv.bias"):
+    with pytest.raises(
+        (ValueError, TypeError), match="norm.weight|conv.weight|norm.bias|conv.bias"
+    ):
         opt.step(lambda: [net.conv(x).sum() + s * net.norm.weight.sum() for s in (1, 2)])

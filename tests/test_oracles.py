@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-
 import oracles
+import pytest
 
 GOLDEN = np.array([[-4.0, 1, 1], [6, 1, 1]])
 EITHER = np.array([[0, 1], [0, 1]])  # with two tasks there is only one order

@@ -13,9 +13,8 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import pytest
-
 import oracles
+import pytest
 from problems import FAMILIES, family
 
 HERE = Path(__file__).parent

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
-
-import oracles
 from problems import FAMILIES, family
 
 TASKS = [1, 2, 3, 4, 8, 16, 40, 64, 100]

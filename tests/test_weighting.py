@@ -7,13 +7,13 @@ import io
 import pickle
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from problems import FAMILIES, family
 
 import flatmtl
-import oracles
 from flatmtl.weighting import MGDA, Mean, PCGrad, Sum, Weighting, by_name
-from problems import FAMILIES, family
 
 GOLDEN = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
 ALL = ["mean", "sum", "pcgrad", "mgda"]
@@ -28,7 +28,9 @@ def random_gram(rng, *shape: int) -> torch.Tensor:
 # ---- names and shapes ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, kind", [("mean", Mean), ("sum", Sum), ("pcgrad", PCGrad), ("mgda", MGDA)])
+@pytest.mark.parametrize(
+    "name, kind", [("mean", Mean), ("sum", Sum), ("pcgrad", PCGrad), ("mgda", MGDA)]
+)
 def test_by_name(name, kind):
     assert type(by_name(name)) is kind and isinstance(by_name(name), Weighting)
 
@@ -69,7 +71,9 @@ def test_the_gram_is_not_written(name, rng):
 
 
 @each
-@pytest.mark.parametrize("gram", [torch.ones(3), torch.ones(2, 3), torch.ones(2, 2).long(), [[1.0]]])
+@pytest.mark.parametrize(
+    "gram", [torch.ones(3), torch.ones(2, 3), torch.ones(2, 2).long(), [[1.0]]]
+)
 def test_wrong_gram(name, gram):
     with pytest.raises((ValueError, TypeError), match="gram"):
         by_name(name)(gram)
@@ -113,7 +117,10 @@ def test_random_order_pcgrad_is_one_of_the_orders(rng):
     possible = []
     for code in range(8):  # each task visits its two others in one of two orders
         order = np.stack(
-            [np.array([j for j in range(3) if j != i][:: -1 if code >> i & 1 else 1]) for i in range(3)]
+            [
+                np.array([j for j in range(3) if j != i][:: -1 if code >> i & 1 else 1])
+                for i in range(3)
+            ]
         )
         possible.append(oracles.pcgrad(jac, order))
     weighting, seen = PCGrad(seed=int(rng.integers(1000))), set()

@@ -40,6 +40,7 @@ inline void combine_strip(const typename D::elem* jac, int64_t jac_stride, const
     const typename D::elem* x = jac + i * jac_stride;
     const typename D::elem* s = sam + i * sam_stride;
     for (int u = 0; u < U; ++u) {
+      __builtin_prefetch(x + (u + 4 * U) * N, 0, 3);
       const vec<A> g = D::load(x + u * N);
       if (a[i] != 0) sum[u] += wa * g;
       if (bi != 0) sum[u] += wb * (D::load(s + u * N) - g);

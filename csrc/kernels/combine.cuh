@@ -17,20 +17,23 @@
 namespace flatmtl::kernels {
 
 constexpr int kWeightSlab = 512;          // weights held in shared memory at a time
-constexpr int kCombineUnroll = 4;         // packs of a thread in flight
 constexpr int kProjectRows = 8;           // output rows summed in one pass over J
 constexpr int64_t kCombineBlocks = 8192;  // more would only repeat the reading of the weights
 
+// Packs of a thread in flight. A pack of a 2-byte type holds 8 elements, each an accumulator.
+template <class T>
+constexpr int kCombineUnroll = sizeof(T) == 2 ? 2 : 4;
+
 // Loads the packs column, column + stride, ... of a row.
 template <class T>
-__device__ inline void load_packs(Pack<T> (&x)[kCombineUnroll], const T* row, int64_t column,
+__device__ inline void load_packs(Pack<T> (&x)[kCombineUnroll<T>], const T* row, int64_t column,
                                   int64_t stride, int64_t columns, bool whole) {
   if (whole) {
 #pragma unroll
-    for (int u = 0; u < kCombineUnroll; ++u) x[u] = load_pack_stream(row + column + u * stride);
+    for (int u = 0; u < kCombineUnroll<T>; ++u) x[u] = load_pack_stream(row + column + u * stride);
   } else {
 #pragma unroll
-    for (int u = 0; u < kCombineUnroll; ++u) x[u] = load_guarded(row, column + u * stride, columns);
+    for (int u = 0; u < kCombineUnroll<T>; ++u) x[u] = load_guarded(row, column + u * stride, columns);
   }
 }
 
@@ -46,19 +49,19 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ A weight_b[kFlat ? kWeightSlab : 1];
   const bool out_aligned = is_aligned(out);
 
-  for (int64_t start = blockIdx.x * kStride * kCombineUnroll; start < columns;
-       start += gridDim.x * kStride * kCombineUnroll) {
+  for (int64_t start = blockIdx.x * kStride * kCombineUnroll<T>; start < columns;
+       start += gridDim.x * kStride * kCombineUnroll<T>) {
     const int64_t column = start + static_cast<int64_t>(threadIdx.x) * kPack;
-    const bool inside = column + (kCombineUnroll - 1) * kStride + kPack <= columns;
-    A acc[kCombineUnroll][kPack];
+    const bool inside = column + (kCombineUnroll<T> - 1) * kStride + kPack <= columns;
+    A acc[kCombineUnroll<T>][kPack];
 #pragma unroll
-    for (int u = 0; u < kCombineUnroll; ++u)
+    for (int u = 0; u < kCombineUnroll<T>; ++u)
 #pragma unroll
       for (int v = 0; v < kPack; ++v) acc[u][v] = 0;
 
     for (int slab = 0; slab < tasks; slab += kWeightSlab) {
       const int count = min(tasks - slab, kWeightSlab);
-      if (tasks > kWeightSlab || start == blockIdx.x * kStride * kCombineUnroll) {
+      if (tasks > kWeightSlab || start == blockIdx.x * kStride * kCombineUnroll<T>) {
         __syncthreads();
         for (int i = threadIdx.x; i < count; i += kThreads) {
           weight_a[i] = static_cast<A>(a[slab + i]);
@@ -72,20 +75,20 @@ __global__ void __launch_bounds__(kThreads)
         const A wa = weight_a[i];
         const A wb = kFlat ? weight_b[kFlat ? i : 0] : A(0);
         if (wa == A(0) && wb == A(0)) continue;
-        Pack<T> x[kCombineUnroll];
+        Pack<T> x[kCombineUnroll<T>];
         load_packs(x, jac.row(slab + i), column, kStride, columns, inside && jac.aligned);
         if (kFlat && wb != A(0)) {
-          Pack<T> s[kCombineUnroll];
+          Pack<T> s[kCombineUnroll<T>];
           load_packs(s, sam.row(slab + i), column, kStride, columns, inside && sam.aligned);
 #pragma unroll
-          for (int u = 0; u < kCombineUnroll; ++u)
+          for (int u = 0; u < kCombineUnroll<T>; ++u)
 #pragma unroll
             for (int v = 0; v < kPack; ++v)
               acc[u][v] += wb * (to_acc(s[u].lane[v]) - to_acc(x[u].lane[v]));
         }
         if (wa != A(0)) {
 #pragma unroll
-          for (int u = 0; u < kCombineUnroll; ++u)
+          for (int u = 0; u < kCombineUnroll<T>; ++u)
 #pragma unroll
             for (int v = 0; v < kPack; ++v) acc[u][v] += wa * to_acc(x[u].lane[v]);
         }
@@ -93,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 
 #pragma unroll
-    for (int u = 0; u < kCombineUnroll; ++u) {
+    for (int u = 0; u < kCombineUnroll<T>; ++u) {
       Pack<T> result;
 #pragma unroll
       for (int v = 0; v < kPack; ++v) result.lane[v] = from_acc<T>(acc[u][v]);
@@ -181,7 +184,7 @@ cudaError_t combine(Rows<const T> jac, const double* weights, int tasks, int64_t
                     cudaStream_t stream) {
   if (columns == 0) return cudaSuccess;
   const unsigned blocks =
-      combine_blocks(columns, int64_t{kThreads} * Pack<T>::kSize * kCombineUnroll);
+      combine_blocks(columns, int64_t{kThreads} * Pack<T>::kSize * kCombineUnroll<T>);
   return launch(combine_kernel<T, false>, dim3(blocks), dim3(kThreads), 0, stream, jac, weights,
                 Rows<const T>{}, static_cast<const double*>(nullptr), tasks, columns, out);
 }
@@ -192,7 +195,7 @@ cudaError_t combine_flat(Rows<const T> jac, const double* a, Rows<const T> sam, 
                          int tasks, int64_t columns, T* out, cudaStream_t stream) {
   if (columns == 0) return cudaSuccess;
   const unsigned blocks =
-      combine_blocks(columns, int64_t{kThreads} * Pack<T>::kSize * kCombineUnroll);
+      combine_blocks(columns, int64_t{kThreads} * Pack<T>::kSize * kCombineUnroll<T>);
   return launch(combine_kernel<T, true>, dim3(blocks), dim3(kThreads), 0, stream, jac, a, sam, b,
                 tasks, columns, out);
 }

@@ -190,7 +190,7 @@ def project(jac: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Ten
         _check.like("out", _check.rows("out", out), "jac", jac)
         _check.shape("out", out, matrix.shape[0], jac.shape[1])
         _check.no_overlap("out", out, "jac", jac)
-    _ops.project.default(jac, matrix.to(torch.float64).contiguous(), out)
+    _ops.project.default(jac, _check.double(matrix), out)
     _written(out)
     return out
 
@@ -218,9 +218,7 @@ def affinity(gram: Tensor, losses: Tensor, lr: float) -> Tensor:
     vector = _check.tensor("losses", losses)
     _check.like("losses", vector, "gram", square, dtype=False)
     _check.shape("losses", vector, square.shape[0])
-    return _ops.affinity.default(
-        square.to(torch.float64).contiguous(), vector.to(torch.float64).contiguous(), float(lr)
-    )
+    return _ops.affinity.default(_check.double(square), _check.double(vector), float(lr))
 
 
 def pack_row_(row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int]) -> Tensor:
@@ -367,7 +365,7 @@ def draw_order_(rng: Tensor, tasks: int, batch: int = 1) -> Tensor:
 
 
 def _batched(gram: Tensor) -> Tensor:
-    square = gram.to(torch.float64).contiguous()
+    square = _check.double(gram)
     return square.unsqueeze(0) if square.dim() == 2 else square
 
 

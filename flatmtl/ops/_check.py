@@ -35,7 +35,7 @@ def like(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: boo
 
 def shape(name: str, value: Tensor, *sizes: int) -> None:
     """``value`` of exactly this shape."""
-    if tuple(value.shape) != sizes:
+    if value.shape != sizes:
         raise ValueError(f"{name} must have shape {list(sizes)}, got {list(value.shape)}")
 
 
@@ -70,7 +70,14 @@ def weights(name: str, value: object, jac: Tensor) -> Tensor:
     result = tensor(name, value, SMALL_TYPES)
     like(name, result, "jac", jac, dtype=False)
     shape(name, result, jac.shape[0])
-    return result.to(torch.float64).contiguous()
+    return double(result)
+
+
+def double(value: Tensor) -> Tensor:
+    """``value`` as contiguous float64; itself if it is."""
+    if value.dtype == torch.float64 and value.is_contiguous():
+        return value
+    return value.to(torch.float64).contiguous()
 
 
 def gram(name: str, value: object) -> Tensor:
@@ -103,15 +110,19 @@ def segments(name: str, tensors: Sequence[Tensor], offsets: Sequence[int], row: 
         )
 
 
+def _extent(rows: Tensor) -> int:
+    """Bytes from the first element of a row [P] or matrix [T, P] to the end of the last."""
+    last = rows.shape[-1] - 1
+    if rows.dim() == 2:
+        last += (rows.shape[0] - 1) * rows.stride(0)
+    return (last + 1) * rows.element_size()
+
+
 def no_overlap(name: str, out: Tensor, other_name: str, other: Tensor) -> None:
     """``out`` shares no memory with ``other`` (by address range: rows are dense)."""
     if torch.compiler.is_compiling() or out.numel() == 0 or other.numel() == 0:
         return  # a tracer has no addresses
 
-    def span(t: Tensor) -> tuple[int, int]:
-        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-    (a, b), (c, d) = span(out), span(other)
-    if a < d and c < b:
+    first, other_first = out.data_ptr(), other.data_ptr()
+    if first < other_first + _extent(other) and other_first < first + _extent(out):
         raise ValueError(f"{name} must not share memory with {other_name}")

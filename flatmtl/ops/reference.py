@@ -261,7 +261,9 @@ def solve_mgda(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
         block = passive.unsqueeze(2) & passive.unsqueeze(1)
         system = torch.where(block, cosine, eye)
         z = torch.linalg.solve_ex(system, torch.where(passive, b, zero))[0]
-        stuck = (newcomer & ~(z > 0)).any(1, keepdim=True)
+        # A newcomer that does not grow, or that the others determine (no finite solution), is barred.
+        singular = passive & ~(z.abs() < 1e13)
+        stuck = (newcomer & ~(z > 0)).any(1, keepdim=True) | singular.any(1, keepdim=True)
         blocking = passive & ~(z > 0)
         ratio = torch.where(blocking, y / (y - z).where(blocking, one), one)
         alpha = ratio.amin(1, keepdim=True)
@@ -281,5 +283,5 @@ def solve_mgda(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     v = y * b
     total = v.sum(1, keepdim=True)
     weights = torch.where(total > 0, v / total.where(total > 0, one), zero)
-    failed = ~done.squeeze(1) | (residual > 1e-6)
+    failed = ~done.squeeze(1) | ~(residual <= 1e-6 + 1e-13 * y.sum(1))
     return weights, _status(active) + failed.long() * NOT_CONVERGED, residual

@@ -1,0 +1,322 @@
+"""Writes docs/benchmarks.md from pytest-benchmark's JSON.
+
+python -m bench.report [bench/results/cpu.json [docs/benchmarks.md]]     ("-": to the terminal)
+
+Nothing is rounded in flatmtl's favour: its times are rounded up, factors, shares and GB/s down; what
+is required is compared unrounded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.race import OURS
+
+ROOT = Path(__file__).resolve().parent.parent
+Record = dict[str, Any]  # one benchmark's extra_info
+
+TITLES = {
+    "row_norms": "`row_norms`: norms of the rows of J",
+    "gram": "`gram`: G = J Jᵀ",
+    "gram_difference": "`gram_difference`: Gram matrix of S - J",
+    "combine": "`combine`: d = Σ wᵢ gᵢ, into a preallocated d",
+    "combine_flat": "`combine_flat`: d = Σ aᵢ gᵢ + Σ bᵢ (sᵢ - gᵢ), into a preallocated d",
+    "project": "`project`: T combinations of the rows, preallocated",
+    "mean": "Mean",
+    "pcgrad": "PCGrad",
+    "mgda": "MGDA (TorchJD stops after at most 100 Frank-Wolfe steps, unconverged; ours is exact)",
+}
+
+
+def floor(value: float, digits: int) -> str:
+    """``value`` with so many decimals, rounded down."""
+    scale = 10**digits
+    return f"{math.floor(value * scale) / scale:.{digits}f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, rounded up."""
+    ms = seconds * 1e3
+    digits = max(0, 2 - math.floor(math.log10(ms)))
+    return f"{math.ceil(ms * 10**digits) / 10**digits:.{digits}f}"
+
+
+def share(record: Record, yardstick: str) -> str:
+    return floor(100 * record["share"][yardstick], 0) + " %"
+
+
+def factor(record: Record, other: str) -> str:
+    value = record["faster"].get(other)
+    return "–" if value is None else f"{floor(value, 2)}×"
+
+
+def count(columns: int) -> str:
+    return f"1e{round(math.log10(columns))}"
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """A Markdown table; columns of numbers are right-aligned, the named ones left."""
+    left = ("", "op", "method", "against", "against plain torch")
+    marks = (":---" if name in left else "---:" for name in head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(marks) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def rivals(records: list[Record]) -> list[str]:
+    """The names of all others in a group, in their order."""
+    return list(dict.fromkeys(name for r in records for name in r["faster"]))
+
+
+def header(data: Record) -> list[str]:
+    machine = data["machine_info"]
+    cpu = machine["cpu"]
+    cache = int(cpu.get("l3_cache_size") or 0) >> 20
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m bench.report`; do not edit.",
+        "",
+        f"- CPU: {cpu.get('brand_raw', 'unknown')}, {cpu.get('count')} cores, L3 {cache} MiB; "
+        f"{machine['threads']} threads",
+        f"- torch {machine['torch']}, TorchJD {machine['torchjd'] or 'not installed'}, "
+        f"flatmtl {machine['flatmtl']}, Python {machine['python_version']}; "
+        f"operators: {'C++' if machine['body'] == 'cpu' else machine['body']}",
+        f"- {data['datetime'][:10]}, by `make bench`",
+        "",
+    ]
+    if machine["quick"]:
+        lines += ["**A quick run on a small grid: these numbers show that it runs, no more.**", ""]
+    return [
+        *lines,
+        "float32. In every round flatmtl, each rival and the yardsticks run once, one after the other, "
+        "on inputs that cycle through at least 256 MB where P ≥ 1e6 (cold caches; P = 1e5 is warm). "
+        "Times are medians over the rounds. *Of read* and *of copy* are the bytes that flatmtl has to "
+        "move at least per second against those of `J.sum()` and of a copy in the same round; factors "
+        "are a rival's time over flatmtl's in the same round; both medians over the rounds. Shares "
+        "and factors are rounded down, flatmtl's times up. Above 1× flatmtl is faster.",
+        "",
+    ]
+
+
+def ops_section(records: list[Record]) -> list[str]:
+    lines = ["## Operators over J", ""]
+    for name in dict.fromkeys(r["name"] for r in records):
+        group = [r for r in records if r["name"] == name]
+        others = rivals(group)
+        lines += [f"### {TITLES[name]}", ""]
+        lines += table(
+            ["P", "T", "ms", "GB/s", "of read", "of copy", *(f"vs `{o}`" for o in others)],
+            [
+                [
+                    count(r["columns"]), str(r["tasks"]), milliseconds(r["median_s"][OURS]),
+                    floor(r["gb_per_s"], 1), share(r, "read"), share(r, "copy"),
+                    *(factor(r, o) for o in others),
+                ]
+                for r in sorted(group, key=lambda r: (r["columns"], r["tasks"]))
+            ],
+        )  # fmt: skip
+    return lines
+
+
+def row_section(records: list[Record]) -> list[str]:
+    lines = [
+        "## Operators over one row",
+        "",
+        "One row of P elements and the 40 parameter tensors it stands for.",
+        "",
+    ]
+    return lines + table(
+        ["op", "P", "ms", "GB/s", "of read", "of copy", "against plain torch"],
+        [
+            [
+                f"`{r['name']}`", count(r["columns"]), milliseconds(r["median_s"][OURS]),
+                floor(r["gb_per_s"], 1), share(r, "read"), share(r, "copy"),
+                ", ".join(f"{factor(r, o)} `{o}`" for o in r["faster"]),
+            ]
+            for r in sorted(records, key=lambda r: (r["name"], r["columns"]))
+        ],
+    )  # fmt: skip
+
+
+def aggregate_section(records: list[Record]) -> list[str]:
+    lines = [
+        "## The whole aggregate, J → d",
+        "",
+        "`flatmtl.aggregate(J, method)`, which allocates d; `out=`: the same into a preallocated d. "
+        "LibMTL's maths: PCGrad on whole gradients, re-implemented (bench/peers.py); left out where a "
+        "call takes seconds. The share counts the floor: J read twice (once for Mean), d written.",
+        "",
+    ]
+    for name in dict.fromkeys(r["name"] for r in records):
+        group = [r for r in records if r["name"] == name]
+        others = [o for o in rivals(group) if o != "flatmtl, out="]
+        lines += [f"### {TITLES[name]}", ""]
+        lines += table(
+            ["P", "T", "ms", "ms, `out=`", "of read", *(f"vs {o}" for o in others)],
+            [
+                [
+                    count(r["columns"]), str(r["tasks"]), milliseconds(r["median_s"][OURS]),
+                    milliseconds(r["median_s"]["flatmtl, out="]), share(r, "read"),
+                    *(factor(r, o) for o in others),
+                ]
+                for r in sorted(group, key=lambda r: (r["columns"], r["tasks"]))
+            ],
+        )  # fmt: skip
+    return lines
+
+
+def pipeline_section(records: list[Record]) -> list[str]:
+    lines = [
+        "### PCGrad, from the parameters' gradients to `.grad`",
+        "",
+        "40 parameter tensors. flatmtl packs T lists of gradients into J, aggregates into d, and `.grad` "
+        "are views of d; TorchJD starts from the `.jac` fields that its backward pass has filled. The "
+        "share counts gradients read, J written, J read twice, d written.",
+        "",
+    ]
+    others = rivals(records)
+    return lines + table(
+        ["P", "T", "ms", "of read", *(f"vs {o}" for o in others)],
+        [
+            [
+                count(r["columns"]), str(r["tasks"]), milliseconds(r["median_s"][OURS]),
+                share(r, "read"), *(factor(r, o) for o in others),
+            ]
+            for r in sorted(records, key=lambda r: (r["columns"], r["tasks"]))
+        ],
+    )  # fmt: skip
+
+
+def solver_section(records: list[Record]) -> list[str]:
+    lines = [
+        "## Solvers, G → w",
+        "",
+        "Microseconds of one call from Python, T × T, ten in a row (the first after other work takes "
+        "several times as long); a rival's time over flatmtl's. `draw_order_` is part of pcgrad's call.",
+        "",
+    ]
+    return lines + table(
+        ["", "T", "µs", "against"],
+        [
+            [
+                r["name"], str(r["tasks"]), str(math.ceil(r["median_s"][OURS] * 1e6)),
+                ", ".join(f"{factor(r, o)} {o}" for o in r["faster"]),
+            ]
+            for r in sorted(records, key=lambda r: (r["name"], r["tasks"]))
+        ],
+    )  # fmt: skip
+
+
+def step_section(records: list[Record]) -> list[str]:
+    lines = [
+        "## Whole training steps",
+        "",
+        "`MultiTaskOptimizer.step` around SGD. *Passes alone*: the forward and backward passes that the "
+        "method needs, and the update, with nothing done with the gradients; flatmtl's own share of the "
+        "step is what comes on top. mlp: 8 tasks, 1.05 M shared parameters, batch 64; resnet: 3 tasks, "
+        "0.18 M, batch 32, BatchNorm.",
+        "",
+    ]
+    rows = []
+    for r in records:
+        alone = r["faster"]["passes alone"]  # passes / step, median over the rounds
+        rows.append(
+            [
+                r["model"], r["name"], milliseconds(r["median_s"][OURS]),
+                milliseconds(r["median_s"]["passes alone"]),
+                f"{math.ceil(100 * (1 - alone))} %",
+                f"{math.ceil(100 / r['faster']['summed loss']) / 100:.2f}×",
+                factor(r, "TorchJD"),
+            ]
+        )  # fmt: skip
+    head = ["", "method", "ms a step", "passes alone", "flatmtl's share",
+            "× the time of a summed-loss step", "vs TorchJD"]  # fmt: skip
+    return lines + table(head, rows)
+
+
+def required_section(records: list[Record]) -> list[str]:
+    def find(kind: str, name: str, tasks: int, columns: int) -> Record | None:
+        wanted = {"kind": kind, "name": name, "tasks": tasks, "columns": columns}
+        return next((r for r in records if wanted.items() <= r.items()), None)
+
+    rows = []
+
+    def bandwidth(name: str, tasks: int, least: float) -> None:
+        record = find("op", name, tasks, 10_000_000)
+        value = record["share"]["read"] if record else None
+        shown = "not measured" if value is None else floor(100 * value, 1) + " %"
+        rows.append(
+            [
+                f"`{name}`, T = {tasks}, P = 1e7: share of the read bandwidth",
+                f"≥ {100 * least:.0f} %", shown, verdict(value, least),
+            ]
+        )  # fmt: skip
+
+    def times(other: str, columns: int, least: float) -> None:
+        record = find("aggregate", "pcgrad", 8, columns)
+        value = record["faster"].get(other) if record else None
+        shown = "not measured" if value is None else floor(value, 2) + "×"
+        if record and value is not None:
+            median = record["median_s"]
+            into = floor(median[other] / median["flatmtl, out="], 2)
+            shown += f" (with `out=` {into}×)"
+        rows.append(
+            [
+                f"`aggregate(J, PCGrad())`, T = 8, P = {count(columns)}: faster than {other}",
+                f"≥ {least:.0f}×", shown, verdict(value, least),
+            ]
+        )  # fmt: skip
+
+    for tasks in (2, 4, 8, 16):
+        bandwidth("gram", tasks, 0.8)
+    bandwidth("combine", 8, 0.7)
+    times("TorchJD", 10_000_000, 4)
+    times("LibMTL's maths", 10_000_000, 4)
+    times("TorchJD", 100_000, 3)
+    return [
+        "## Required against measured",
+        "",
+        *table(["", "required", "measured", "reached"], rows),
+    ]
+
+
+def verdict(value: float | None, least: float) -> str:
+    if value is None:
+        return "–"
+    return "yes" if value >= least else "**no**"
+
+
+def report(data: Record) -> str:
+    """The page."""
+    records = [b["extra_info"] for b in data["benchmarks"] if "kind" in b["extra_info"]]
+    sections = {
+        "op": ops_section, "row op": row_section, "aggregate": aggregate_section,
+        "pipeline": pipeline_section,
+        "solver": solver_section, "step": step_section,
+    }  # fmt: skip
+    lines = header(data)
+    for kind, section in sections.items():
+        group = [r for r in records if r["kind"] == kind]
+        if group:
+            lines += section(group)
+    return "\n".join([*lines, *required_section(records)])
+
+
+def main(arguments: list[str]) -> None:
+    source = Path(arguments[0]) if arguments else ROOT / "bench/results/cpu.json"
+    target = arguments[1] if len(arguments) > 1 else ROOT / "docs/benchmarks.md"
+    page = report(json.loads(source.read_text()))
+    if target == "-":
+        print(page)
+    else:
+        Path(target).parent.mkdir(exist_ok=True)
+        Path(target).write_text(page)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,70 @@
+"""Calls every op once at small awkward sizes on a device, for compute-sanitizer to watch.
+
+compute-sanitizer --tool memcheck python -m bench.sanitize [--device cuda]
+
+T around the kernels' boundaries, P that no vector width divides, rows that start anywhere. Values are
+only looked at for being finite: whether they are right is what the tests are for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+
+from flatmtl import ops
+
+SIZES = [(1, 1), (2, 3), (3, 1025), (8, 4099), (9, 130), (17, 4099), (33, 515), (65, 260)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def look(tasks: int, columns: int, dtype: torch.dtype, device: str, offset: int) -> None:
+    """Every op at one size; the rows begin ``offset`` elements after an aligned address."""
+
+    def rows(count: int) -> torch.Tensor:
+        wide = torch.randn(count, columns + 7, device=device).to(dtype)
+        return wide[:, offset : offset + columns]
+
+    jac, sam, wide_out = rows(tasks), rows(tasks), rows(tasks)
+    weights = torch.rand(tasks, dtype=torch.float64, device=device)
+    weights[0] = 0  # a row that is not read
+    gram = ops.gram(jac)
+    results = [gram, ops.gram_difference(sam, jac), ops.row_norms(jac), ops.combine(jac, weights)]
+    results.append(ops.combine_flat(jac, weights, sam, weights.flip(0)))
+    results.append(ops.project(jac, torch.eye(tasks, dtype=torch.float64, device=device), wide_out))
+    results.append(ops.affinity(gram, weights + 1, 0.1))
+
+    order = ops.draw_order_(torch.tensor([1, 0], device=device), tasks)[0]
+    results += ops.solve_pcgrad(gram, order)
+    results += ops.solve_mgda(gram)
+
+    cut = columns // 3
+    row, saved = torch.empty_like(jac[0]), sam[0].contiguous()
+    pieces = [piece.clone() for piece in (jac[0, :cut], jac[0, cut + columns % 2 :])]
+    offsets = [0, cut + columns % 2]
+    results.append(ops.pack_row_(row, pieces, offsets))
+    results.append(ops.adaptive_sq_norm(saved, row, 0.01))
+    ops.perturb_(pieces, saved, row, results[-2], offsets, [0.05, 0.1])
+    ops.perturb_(pieces, saved, row, results[-1], offsets, [0.05, 0.1], adaptive=True, eta=0.01)
+    ops.restore_(pieces, saved, offsets)
+    for result in [*results, row, *pieces]:
+        assert result.isfinite().all(), (tasks, columns, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+    for dtype in DTYPES:
+        for tasks, columns in SIZES:
+            for offset in (0, 1):
+                look(tasks, columns, dtype, device, offset)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{len(DTYPES) * len(SIZES) * 2} sizes, every op: no error on {device}")
+
+
+if __name__ == "__main__":
+    main()
