@@ -8,11 +8,12 @@ RUN := $(BIN)/python
 # Quiet, and no prompts; installs are idempotent and fast when nothing changed.
 PIP := $(RUN) -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo test bench lint cuda-check install clean
+.PHONY: help demo test bench bench-quick lint cuda-check install clean
 help:
 	@echo "make demo        train FS-MTL on real images beside the plain method (about 6 minutes)"
 	@echo "make test        build and run the tests"
 	@echo "make bench       kernels and aggregation against pure PyTorch and peers -> docs/benchmarks.md"
+	@echo "make bench-quick the same on small sizes, in about a minute; writes nothing"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make cuda-check  compile the CUDA library for every architecture; fails on a spill"
 	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto"
@@ -38,8 +39,13 @@ test: install
 
 bench: install
 	$(PIP) -e ".[bench,peers]" --no-build-isolation
-	$(RUN) -m pytest bench --benchmark-json=bench/results/cpu.json -q $(BENCH)
-	$(RUN) bench/report.py bench/results/cpu.json docs/benchmarks.md
+	mkdir -p bench/results
+	$(RUN) -m pytest bench -q -p no:cacheprovider --benchmark-json=bench/results/cpu.json $(BENCH)
+	$(RUN) -m bench.report
+
+bench-quick: install
+	$(PIP) -e ".[bench,peers]" --no-build-isolation
+	$(RUN) -m pytest bench --quick -q -p no:cacheprovider
 
 lint: $(VENV)/.torch
 	$(PIP) "ruff==0.14.5" "mypy==1.18.2" "clang-format==21.1.5"

@@ -81,6 +81,7 @@ def train(config: RunConfig, pairs: PairSplits, on_step: Callable[[], None]) -> 
             x, y = images[batch], labels[batch]
             with clock.step():
                 losses = optimizer.step(clock.outside(_closure(model, x, y)))
+            assert isinstance(losses, list)  # the closure's own type
             epoch_loss += sum(losses)
             on_step()
         result.loss.append(float(epoch_loss) / (len(TASKS) * steps_per_epoch(len(images))))
