@@ -74,11 +74,11 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     console.print(f"\nrho {outcome.rho:g} chosen on validation pairs ({scores})\n")
     table = Table(
         title=f"Test accuracy, % (last {LAST} epochs, mean ± deviation over seeds)",
-        caption="flatmtl's share: of a step, what is not forward, backward or base optimizer",
+        caption="flatmtl: share of a step that is not forward, backward or base optimizer",
     )
     table.add_column("method")
-    for heading in (*TASKS, "average", "ms a step", "flatmtl's share"):
-        table.add_column(heading, justify="right")
+    for heading in (*TASKS, "average", "ms/step", "flatmtl"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in summarise(outcome.runs):
         table.add_row(
             NAMES[row.method],

@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.quick:
         settings = Settings((256, 256, 256), args.seeds or 1, args.epochs or 3, (0.02, 0.05))
     else:
-        settings = Settings((4000, 1500, 3000), args.seeds or 3, args.epochs or 6, (0.02, 0.05))
+        settings = Settings((3712, 1500, 3000), args.seeds or 3, args.epochs or 6, (0.02, 0.05))
     source = DataSource(args.data, settings.pairs)
     try:
         source.load()  # so that what is wrong with the data is said before any worker starts

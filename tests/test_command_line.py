@@ -1,0 +1,46 @@
+"""``python -m flatmtl``."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flatmtl.__main__ import main
+from flatmtl.ops import OPERATORS
+
+
+def test_info_names_every_operator_and_its_body(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for name in OPERATORS:
+        line = next(row for row in text.splitlines() if row.split()[:1] == [name])
+        assert set(line.split()[1:]) <= {"cpu", "cuda", "reference"}
+    for word in ("torch", "CUDA toolkit of the build", "CUDA architectures", "CUDA driver"):
+        assert word in text
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "info" in text
+    assert "demo" in text
+
+
+def test_no_command_is_an_error_that_helps(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_missing_data_is_named():
+    done = subprocess.run(
+        [sys.executable, "-m", "flatmtl", "demo", "--quick", "--data", "/nowhere"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "/nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
