@@ -1,5 +1,8 @@
 # Everything from a bare machine with Python >= 3.10, make and g++: each target makes its own
 # environment first. torch is installed before the build, which then uses it (no build isolation).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
@@ -54,8 +57,11 @@ lint: $(VENV)/.torch
 	$(RUN) -m mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-cuda-check: $(VENV)/.torch
-	$(RUN) bench/ptxas_report.py
+# No kernel may spill or have a stack frame; gram and combine must load 16 bytes at a time.
+cuda-check: export FLATMTL_CUDA = 1
+cuda-check: install
+	$(PIP) --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(RUN) bench/ptxas_report.py build/temp.*/cuda --markdown docs/kernels_static.md | tail -n 4
 
 clean:
 	rm -rf build dist *.egg-info flatmtl/*.so

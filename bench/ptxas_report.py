@@ -1,12 +1,13 @@
 """What the compiler made of the CUDA kernels: registers, shared memory, spills, occupancy, wide loads.
 
-    python bench/ptxas_report.py                        compile csrc/cuda/*.cu, print the table
-    python bench/ptxas_report.py --log build/**/*.log   read `-Xptxas -v` output of a build instead
-    python bench/ptxas_report.py --markdown docs/kernels_static.md
+    python bench/ptxas_report.py build/temp.*/cuda                                print the table
+    python bench/ptxas_report.py build/temp.*/cuda --markdown docs/kernels_static.md
 
-Ends with status 1 if a kernel spills or has a stack frame, or if a hot loop lost its 16-byte loads.
-No GPU is needed. The wide loads are read from SASS, which takes cuobjdump (or nvdisasm) of a CUDA
-toolkit on the PATH or in $CUDA_HOME/bin; without it that part is skipped, and says so.
+Reads what the build left there: ptxas' own words (-Xptxas -v) in *.log, and the machine code in *.o.
+Ends with status 1 if a kernel spills or has a stack frame, or if a gram or combine kernel has no global
+load of 16 bytes. No GPU is needed. The loads are read from SASS, which takes cuobjdump of a CUDA toolkit
+(on the PATH, in $CUDA_HOME/bin, or from PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm); without it
+that part is skipped, and says so.
 """
 
 from __future__ import annotations
@@ -17,14 +18,9 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-ARCHS = (80, 90, 100, 120)
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 # Threads, blocks and shared memory (bytes) a multiprocessor holds; CUDA programming guide, table of
 # compute capabilities. A block costs 1 KiB of shared memory more than it asks for.
@@ -122,55 +118,32 @@ def parse(text: str) -> list[Kernel]:
     return kernels
 
 
-def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit."""
+def find_cuobjdump() -> str | None:
+    """The disassembler of a CUDA toolkit, or the one from PyPI."""
     home = os.environ.get("CUDA_HOME")
-    return shutil.which(name, path=f"{home}/bin" if home else None) or shutil.which(name)
+    found = shutil.which("cuobjdump", path=f"{home}/bin" if home else None)
+    packaged = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump")
+    return found or shutil.which("cuobjdump") or next((str(p) for p in packaged), None)
 
 
-def compile_cubin(nvcc: str, source: Path, arch: int, folder: Path) -> tuple[Path, str]:
-    """One source for one architecture: the cubin and ptxas' log."""
-    import torch
-
-    include = Path(torch.__file__).parent / "include"
-    out = folder / f"{source.stem}.sm_{arch}.cubin"
-    command = [
-        nvcc,
-        "-cubin",
-        f"-arch=sm_{arch}",
-        "-std=c++17",
-        "-O3",
-        "-DUSE_CUDA",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        f"-I{include}",
-        "-Xptxas",
-        "-v",
-        str(source),
-        "-o",
-        str(out),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    return out, done.stderr
-
-
-def wide_loads(disassembler: str, cubin: Path) -> dict[str, int]:
-    """Global loads of 128 bits or more in each kernel of a cubin."""
-    flag = ["-sass"] if Path(disassembler).name == "cuobjdump" else []
+def wide_loads(cuobjdump: str, binary: Path) -> dict[tuple[str, str], int]:
+    """Global loads of 128 bits or more by (kernel, architecture)."""
     text = subprocess.run(
-        [disassembler, *flag, str(cubin)], capture_output=True, text=True, check=True
-    )
-    counts: dict[str, int] = {}
-    current = ""
-    for line in text.stdout.splitlines():
-        heading = re.search(r"Function : (\S+)|^\.text\.(\S+):", line)
-        if heading:
-            current = heading[1] or heading[2]
+        [cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True
+    ).stdout
+    counts: dict[tuple[str, str], int] = {}
+    arch = ""
+    current: tuple[str, str] | None = None
+    for line in text.splitlines():
+        if heading := re.match(r"\s*arch = (sm_\d+)", line):
+            arch = heading[1]
+        elif heading := re.search(r"Function : (\S+)", line):
+            current = (heading[1], arch)
             counts[current] = 0
         elif current and re.search(r"LDG\.E\S*\.(128|ENL2\.256)", line):
             counts[current] += 1
-    return dict(zip(demangle(list(counts)), counts.values(), strict=True))
+    names = demangle([name for name, _ in counts])
+    return {(n, a): c for n, ((_, a), c) in zip(names, counts.items(), strict=True)}
 
 
 def table(kernels: list[Kernel]) -> str:
@@ -199,18 +172,20 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def check_wide(cubins: list[Path]) -> tuple[list[str], bool]:
+def check_wide(binaries: list[Path]) -> tuple[list[str], bool]:
     """What SASS says of the 16-byte loads; False if a hot kernel has none."""
-    disassembler = tool("cuobjdump") or tool("nvdisasm")
-    if disassembler is None:
-        return ["16-byte loads: not checked, neither cuobjdump nor nvdisasm was found"], True
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        return ["16-byte loads: not checked, cuobjdump was not found"], True
     total, missing = 0, []
-    for cubin in cubins:
-        for name, count in wide_loads(disassembler, cubin).items():
+    for binary in binaries:
+        for (name, arch), count in wide_loads(cuobjdump, binary).items():
             if name.startswith(WIDE):
                 total += 1
                 if count == 0:
-                    missing.append(f"{name} ({cubin.suffixes[0][1:]})")
+                    missing.append(f"{name} ({arch})")
+    if total == 0:
+        return [f"16-byte loads: {cuobjdump} showed no gram or combine kernel"], False
     lines = [f"16-byte loads: in {total - len(missing)} of {total} gram and combine kernels"]
     return lines + [f"  none in {m}" for m in missing], not missing
 
@@ -219,36 +194,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--log", nargs="+", type=Path, help="read these -Xptxas -v logs, compile nothing"
-    )
+    parser.add_argument("build", type=Path, help="the build's folder of CUDA objects and logs")
     parser.add_argument("--markdown", type=Path, help="write the table there too")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at once (default 2)")
     options = parser.parse_args()
 
-    notes, wide_ok = ["16-byte loads: not checked, they need a compilation"], True
-    if options.log:
-        text = "\n".join(path.read_text() for path in options.log)
-    else:
-        nvcc = tool("nvcc")
-        if nvcc is None:
-            sys.exit(
-                "nvcc was not found: install a CUDA toolkit, or give the log of a build with --log"
-            )
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-            work = [(s, a) for s in SOURCES for a in ARCHS]
-            done = list(pool.map(lambda w: compile_cubin(nvcc, *w, Path(folder)), work))
-            text = "\n".join(log for _, log in done)
-            notes, wide_ok = check_wide([cubin for cubin, _ in done])
-
-    kernels = list(dict.fromkeys(parse(text)))
+    logs = sorted(options.build.glob("*.log"))
+    kernels = list(dict.fromkeys(parse("\n".join(path.read_text() for path in logs))))
     if not kernels:
-        sys.exit("no kernels were found: the log must come from nvcc -Xptxas -v")
+        sys.exit(
+            f"build must hold the logs of nvcc -Xptxas -v, got none with kernels in {options.build}"
+        )
+    notes, wide_ok = check_wide(sorted(options.build.glob("*.o")))
     bad = [k for k in kernels if not k.clean]
     report = table(kernels)
+    archs = sorted({k.arch for k in kernels})
     summary = [
-        f"{len(kernels)} kernels for sm_{', sm_'.join(str(a) for a in sorted({k.arch for k in kernels}))}:"
-        f" {len(bad)} with spills or a stack frame",
+        f"{len(kernels)} kernels for {', '.join(f'sm_{a}' for a in archs)}: "
+        f"{len(bad)} with spills or a stack frame",
         *notes,
     ]
     print(report, "", *summary, sep="\n")

@@ -25,15 +25,14 @@ inline double squares(const typename D::elem* p, int64_t n, F f) {
   return total;
 }
 
-// One row of weights over a strip of columns, `U` vectors wide, kept in registers.
+// Adds rows [first, last), weighted, to a strip of columns `U` vectors wide in registers.
 template <class D, int U>
-inline void combine_strip(const typename D::elem* jac, int64_t jac_stride, const double* a,
-                          const typename D::elem* sam, int64_t sam_stride, const double* b,
-                          int64_t tasks, vec<typename D::acc>* sum) {
+inline void add_rows(const typename D::elem* jac, int64_t jac_stride, const double* a,
+                     const typename D::elem* sam, int64_t sam_stride, const double* b,
+                     int64_t first, int64_t last, vec<typename D::acc>* sum) {
   typedef typename D::acc A;
   constexpr int N = Lanes<A>::n;
-  for (int u = 0; u < U; ++u) sum[u] = vec<A>{};
-  for (int64_t i = 0; i < tasks; ++i) {
+  for (int64_t i = first; i < last; ++i) {
     const double bi = b ? b[i] : 0.0;
     if (a[i] == 0 && bi == 0) continue;
     const vec<A> wa = splat<A>(static_cast<A>(a[i])), wb = splat<A>(static_cast<A>(bi));
@@ -48,6 +47,7 @@ inline void combine_strip(const typename D::elem* jac, int64_t jac_stride, const
   }
 }
 
+// The weighted sum of fewer than a vector of columns.
 template <class D>
 inline vec<typename D::acc> combine_end(const typename D::elem* jac, int64_t jac_stride,
                                         const double* a, const typename D::elem* sam,
@@ -67,41 +67,108 @@ inline vec<typename D::acc> combine_end(const typename D::elem* jac, int64_t jac
 }
 
 template <class D>
-void combine_of(Rows jac, const double* a, Rows sam, const double* b, int64_t tasks,
-                int64_t outputs, void* out, int64_t out_stride, int64_t begin, int64_t end,
-                bool stream) {
+inline bool vector_aligned(const typename D::elem* p) {
+  return reinterpret_cast<uintptr_t>(p) % FLATMTL_VECTOR_BYTES == 0;
+}
+
+// Rows are taken in groups, a block of columns at a time: more streams than a group holds would
+// outrun the prefetcher. The sums wait in the first-level cache between groups.
+template <class D>
+void combine_of(Rows jac, const double* a, Rows sam, const double* b, int64_t tasks, void* out,
+                int64_t begin, int64_t end, bool stream) {
   typedef typename D::acc A;
   typedef typename D::elem E;
   constexpr int N = Lanes<A>::n, U = 8;
+  constexpr int64_t kGroup = 16, kBlock = 16 * U * N;
   const E* x = static_cast<const E*>(jac.base);
   const E* s = static_cast<const E*>(sam.base);
-  for (int64_t r = 0; r < outputs; ++r)
-    if (reinterpret_cast<uintptr_t>(static_cast<E*>(out) + r * out_stride + begin) %
-        FLATMTL_VECTOR_BYTES)
-      stream = false;
-  // The strip is the outer loop: for several outputs its rows then stay in the first-level cache.
-  int64_t k = begin;
-  for (; k + U * N <= end; k += U * N)
-    for (int64_t r = 0; r < outputs; ++r) {
-      vec<A> sum[U];
-      combine_strip<D, U>(x + k, jac.stride, a + r * tasks, s ? s + k : s, sam.stride,
-                          b ? b + r * tasks : b, tasks, sum);
-      E* to = static_cast<E*>(out) + r * out_stride + k;
-      if (stream) {
-        for (int u = 0; u < U; ++u) stream_vec<D>(to + u * N, sum[u]);
-      } else {
-        for (int u = 0; u < U; ++u) D::store(to + u * N, sum[u]);
+  E* to = static_cast<E*>(out);
+  stream = stream && vector_aligned<D>(to + begin);
+  alignas(64) A waiting[kBlock];
+  const int64_t whole = begin + (end - begin) / (U * N) * (U * N);
+  for (int64_t block = begin; block < whole; block += kBlock) {
+    const int64_t stop = whole - block < kBlock ? whole : block + kBlock;
+    for (int64_t first = 0; first < tasks; first += kGroup) {
+      const int64_t last = tasks - first < kGroup ? tasks : first + kGroup;
+      for (int64_t k = block; k < stop; k += U * N) {
+        vec<A> sum[U];
+        for (int u = 0; u < U; ++u)
+          sum[u] = first == 0 ? vec<A>{} : load_vec<A>(waiting + (k - block) + u * N);
+        add_rows<D, U>(x + k, jac.stride, a, s ? s + k : s, sam.stride, b, first, last, sum);
+        for (int u = 0; u < U; ++u) {
+          if (last < tasks)
+            store_vec<A>(waiting + (k - block) + u * N, sum[u]);
+          else if (stream)
+            stream_vec<D>(to + k + u * N, sum[u]);
+          else
+            D::store(to + k + u * N, sum[u]);
+        }
       }
     }
+  }
+  for (int64_t k = whole; k < end; k += N) {
+    const int64_t left = end - k < N ? end - k : N;
+    store_some<D>(to + k,
+                  combine_end<D>(x + k, jac.stride, a, s ? s + k : s, sam.stride, b, tasks, left),
+                  left);
+  }
+  if (stream) stream_end();
+}
+
+// Several outputs: a tile of outputs x vectors in registers, so that a load of J serves every
+// output of the tile.
+template <class D, int R>
+inline void project_tile(const typename D::elem* jac, int64_t stride, const double* coefficients,
+                         int64_t tasks, typename D::elem* out, int64_t out_stride) {
+  typedef typename D::acc A;
+  constexpr int N = Lanes<A>::n, U = 4;
+  vec<A> sum[R][U] = {};
+  for (int64_t i = 0; i < tasks; ++i) {
+    vec<A> g[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) g[u] = D::load(jac + i * stride + u * N);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const double c = coefficients[r * tasks + i];
+      if (c == 0) continue;
+      const vec<A> w = splat<A>(static_cast<A>(c));
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) sum[r][u] += w * g[u];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) D::store(out + r * out_stride + u * N, sum[r][u]);
+}
+
+template <class D>
+void project_of(Rows jac, const double* coefficients, int64_t tasks, int64_t outputs, void* out,
+                int64_t out_stride, int64_t begin, int64_t end) {
+  typedef typename D::elem E;
+  constexpr int N = Lanes<typename D::acc>::n, U = 4;
+  constexpr int R = FLATMTL_VECTOR_BYTES == 64 ? 4 : 2;  // sums, loads and a weight within 32 (16)
+  const E* x = static_cast<const E*>(jac.base);
+  E* to = static_cast<E*>(out);
+  int64_t k = begin;
+  for (; k + U * N <= end; k += U * N) {
+    int64_t r = 0;
+    for (; r + R <= outputs; r += R)
+      project_tile<D, R>(x + k, jac.stride, coefficients + r * tasks, tasks,
+                         to + r * out_stride + k, out_stride);
+    for (; r < outputs; ++r)
+      project_tile<D, 1>(x + k, jac.stride, coefficients + r * tasks, tasks,
+                         to + r * out_stride + k, out_stride);
+  }
   for (; k < end; k += N)
     for (int64_t r = 0; r < outputs; ++r) {
       const int64_t left = end - k < N ? end - k : N;
-      store_some<D>(static_cast<E*>(out) + r * out_stride + k,
-                    combine_end<D>(x + k, jac.stride, a + r * tasks, s ? s + k : s, sam.stride,
-                                   b ? b + r * tasks : b, tasks, left),
+      store_some<D>(to + r * out_stride + k,
+                    combine_end<D>(x + k, jac.stride, coefficients + r * tasks,
+                                   static_cast<const E*>(nullptr), 0,
+                                   static_cast<const double*>(nullptr), tasks, left),
                     left);
     }
-  if (stream) stream_end();
 }
 
 // The first segment that ends after `position`.

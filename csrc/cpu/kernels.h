@@ -32,11 +32,14 @@ struct Kernels {
   int64_t (*gram_scratch)(int64_t tasks);
   // partial[i] = sum over columns of jac_i^2.
   void (*row_squares)(Row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial);
-  // out_r[begin, end) = sum_i a_ri jac_i + sum_i b_ri (sam_i - jac_i); a row with a = b = 0 is not
-  // read, nor sam_i where b_ri = 0. a: [R, T]; b: [R, T] or null. stream: write past the caches.
+  // out[begin, end) = sum_i a_i jac_i + sum_i b_i (sam_i - jac_i); a row with a_i = b_i = 0 is not
+  // read, nor sam_i where b_i = 0. a, b: [T]; b may be null. stream: write past the caches.
   void (*combine)(Row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks,
-                  int64_t outputs, void* out, int64_t out_stride, int64_t begin, int64_t end,
-                  bool stream);
+                  void* out, int64_t begin, int64_t end, bool stream);
+  // out_r[begin, end) = sum_i c_ri jac_i, r < outputs; a zero coefficient is not multiplied. c: [R,
+  // T].
+  void (*project)(Row, Rows jac, const double* coefficients, int64_t tasks, int64_t outputs,
+                  void* out, int64_t out_stride, int64_t begin, int64_t end);
   // row[begin, end) <- the segments' elements, 0 between them; returns the sum of squares.
   double (*pack)(Row, Segments, void* row, int64_t begin, int64_t end);
   // sum over [begin, end) of ((|saved| + eta) row)^2

@@ -43,11 +43,16 @@ const Kernels kTable = {
     [](Row row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial) {
       by_row(row, [&](auto d) { row_squares_of<decltype(d)>(jac, tasks, begin, end, partial); });
     },
-    [](Row row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks,
-       int64_t outputs, void* out, int64_t out_stride, int64_t begin, int64_t end, bool stream) {
+    [](Row row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks, void* out,
+       int64_t begin, int64_t end, bool stream) {
       by_row(row, [&](auto d) {
-        combine_of<decltype(d)>(jac, a, sam, b, tasks, outputs, out, out_stride, begin, end,
-                                stream);
+        combine_of<decltype(d)>(jac, a, sam, b, tasks, out, begin, end, stream);
+      });
+    },
+    [](Row row, Rows jac, const double* coefficients, int64_t tasks, int64_t outputs, void* out,
+       int64_t out_stride, int64_t begin, int64_t end) {
+      by_row(row, [&](auto d) {
+        project_of<decltype(d)>(jac, coefficients, tasks, outputs, out, out_stride, begin, end);
       });
     },
     [](Row row, Segments segments, void* to, int64_t begin, int64_t end) {

@@ -168,18 +168,18 @@ Tensor adaptive_sq_norm(const Tensor& saved, const Tensor& row, double eta) {
 
 const double* small(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
 
-void combine_rows(const Tensor& jac, const double* a, Rows sam, const double* b, int64_t outputs,
-                  const Tensor& out, int64_t out_stride) {
+void combine_rows(const Tensor& jac, const double* a, Rows sam, const double* b,
+                  const Tensor& out) {
   const Rows rows = rows_of(jac);
   const Row row = row_of(jac);
   const int64_t tasks = jac.size(0), columns = jac.size(1);
   void* to = out.mutable_data_ptr();
   // An output beyond the caches is written past them.
-  const bool stream = columns * outputs * element_size(row) >= 8 * kMegabyte;
+  const bool stream = columns * element_size(row) >= 8 * kMegabyte;
   const Chunks chunks = cut(columns, 8192, INT64_MAX / 2);
-  run(chunks, chunks.size * (tasks + outputs), [&](int64_t first, int64_t last) {
-    kernels().combine(row, rows, a, sam, b, tasks, outputs, to, out_stride, chunks.begin(first),
-                      chunks.end(last - 1), stream);
+  run(chunks, chunks.size * (tasks + 1), [&](int64_t first, int64_t last) {
+    kernels().combine(row, rows, a, sam, b, tasks, to, chunks.begin(first), chunks.end(last - 1),
+                      stream);
   });
 }
 
@@ -190,7 +190,7 @@ void combine(const Tensor& jac, const Tensor& weights, const Tensor& out) {
   check_like("out", out, "jac", jac);
   STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
                   out.size(0));
-  combine_rows(jac, small(weights), Rows{nullptr, 0}, nullptr, 1, out, out.size(0));
+  combine_rows(jac, small(weights), Rows{nullptr, 0}, nullptr, out);
 }
 
 void combine_flat(const Tensor& jac, const Tensor& a, const Tensor& sam, const Tensor& b,
@@ -203,7 +203,7 @@ void combine_flat(const Tensor& jac, const Tensor& a, const Tensor& sam, const T
   check_like("out", out, "jac", jac);
   STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
                   out.size(0));
-  combine_rows(jac, small(a), rows_of(sam), small(b), 1, out, out.size(0));
+  combine_rows(jac, small(a), rows_of(sam), small(b), out);
 }
 
 void project(const Tensor& jac, const Tensor& coefficients, const Tensor& out) {
@@ -213,8 +213,15 @@ void project(const Tensor& jac, const Tensor& coefficients, const Tensor& out) {
   check_small("coefficients", coefficients, ScalarType::Double, jac, {out.size(0), jac.size(0)});
   STD_TORCH_CHECK(out.size(1) == jac.size(1), "out must have ", jac.size(1), " columns, got ",
                   out.size(1));
-  combine_rows(jac, small(coefficients), Rows{nullptr, 0}, nullptr, out.size(0), out,
-               rows_of(out).stride);
+  const Rows rows = rows_of(jac);
+  const Row row = row_of(jac);
+  const int64_t tasks = jac.size(0), outputs = out.size(0), stride = rows_of(out).stride;
+  void* to = out.mutable_data_ptr();
+  const Chunks chunks = cut(jac.size(1), 8192, INT64_MAX / 2);
+  run(chunks, chunks.size * (tasks + outputs), [&](int64_t first, int64_t last) {
+    kernels().project(row, rows, small(coefficients), tasks, outputs, to, stride,
+                      chunks.begin(first), chunks.end(last - 1));
+  });
 }
 
 Tensor affinity(const Tensor& gram, const Tensor& losses, double lr) {
