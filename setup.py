@@ -18,6 +18,7 @@ Whether a GPU is there at build time plays no part.
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,9 +40,9 @@ ISA_FLAGS = {
 
 
 def find_nvcc() -> Path | None:
-    """nvcc from CUDA_HOME or the PATH."""
+    """nvcc from CUDA_HOME, else from the PATH."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    found = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
     return Path(found) if found else None
 
 
@@ -53,6 +54,11 @@ def wanted_nvcc() -> Path | None:
     nvcc = None if choice == "0" else find_nvcc()
     if choice == "1" and nvcc is None:
         sys.exit("FLATMTL_CUDA=1 needs nvcc: none in CUDA_HOME/bin nor on the PATH")
+    if nvcc and tuple(map(int, cuda_version(nvcc).split("."))) < (12, 8):
+        if choice == "1":
+            sys.exit(f"FLATMTL_CUDA=1 needs CUDA 12.8 or later, got {cuda_version(nvcc)} ({nvcc})")
+        print(f"flatmtl: CUDA {cuda_version(nvcc)} is older than 12.8; left out", file=sys.stderr)
+        return None
     return nvcc
 
 
@@ -75,7 +81,7 @@ def cuda_library_dir(nvcc: Path) -> Path:
 def gencode(archs: str) -> str:
     """nvcc's -gencode flags for a list like "8.0;9.0+PTX"."""
     flags = []
-    for entry in archs.replace(" ", ";").split(";"):
+    for entry in archs.replace(";", " ").split():
         number = entry.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):
@@ -92,7 +98,7 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     torch_include = f"-isystem {torch_dir}/include"
     torch_link = f"-L{torch_dir}/lib -Wl,--no-as-needed -ltorch_cpu"
     nvcc = wanted_nvcc()
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHS) if nvcc else ""
+    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS) if nvcc else ""
     info = {"TORCH": torch.__version__, "CUDA": cuda_version(nvcc) if nvcc else "", "ARCHS": archs}
     defines = " ".join(f"-DFLATMTL_BUILD_{k}='\"{v}\"'" for k, v in info.items())
     python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
@@ -141,7 +147,7 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         """Builds every library, or none where there is no C++ compiler."""
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
+        if shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None:
             if os.environ.get("FLATMTL_CUDA") == "1":
                 sys.exit("FLATMTL_CUDA=1 needs a C++ compiler: set CXX or install g++")
             print(
@@ -149,6 +155,8 @@ class NinjaBuild(build_ext):
             )
             return
         build = Path(self.build_temp).resolve()
+        if " " in str(ROOT) + str(build):
+            sys.exit(f"flatmtl must be built in a path without spaces, got {ROOT}")
         build.mkdir(parents=True, exist_ok=True)
         core = Path(self.get_ext_fullpath("flatmtl._core")).resolve()
         core.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flatmtl.ops._check import ROW_TYPES
+
 # The operators themselves, not their wrappers: what a block hands them fits by construction, and the
 # wrappers' checks of every tensor, at every pass, would cost more than the kernels of a small model.
 _ops = torch.ops.flatmtl
@@ -35,6 +37,10 @@ class Block:
 
     def __init__(self, params: Sequence[Tensor], labels: Sequence[str], rows: int) -> None:
         first = params[0]
+        if first.dtype not in ROW_TYPES:
+            raise TypeError(
+                f"params must be float32, float64, bfloat16 or float16, got {first.dtype}: {labels[0]}"
+            )
         for param, label in zip(params, labels, strict=True):
             if param.dtype != first.dtype or param.device != first.device:
                 raise ValueError(

@@ -28,7 +28,7 @@ class BufferKeeper:
             ((module, name), buffer)
             for module in _modules(self._model)
             for name, buffer in module._buffers.items()
-            if buffer is not None
+            if buffer is not None and not _expanded(buffer)
         ]
         self._places = [place for place, _ in found]
         self._buffers = [buffer for _, buffer in found]
@@ -57,6 +57,11 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 waiting.append(child)
+
+
+def _expanded(buffer: Tensor) -> bool:
+    """An expanded view: one element stands for many, so that nothing can write to it in place."""
+    return any(n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:

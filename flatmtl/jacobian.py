@@ -33,6 +33,16 @@ def capture(losses: TaskLosses, roles: Roles, device: torch.device) -> Captured:
     Raises:
         ValueError: the roles do not hold (``Roles``).
     """
+    try:
+        captured = _capture(losses, roles, device)
+    except BaseException:
+        roles.end_pass(keep=False)
+        raise
+    roles.end_pass(keep=True)
+    return captured
+
+
+def _capture(losses: TaskLosses, roles: Roles, device: torch.device) -> Captured:
     tasks = len(losses.outputs)
     waiting: list[Gradients] = []  # tasks whose roles are not settled yet
     packed: list[tuple[Tensor | None, Tensor | None]] = []

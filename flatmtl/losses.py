@@ -30,6 +30,17 @@ class TaskLosses:
     dtypes: list[torch.dtype]
     devices: list[torch.device]
 
+    def in_order(self, names: list[TaskName]) -> TaskLosses:
+        """The same losses, task by task in the order of ``names``, which must be the same ones."""
+        at = [self.names.index(name) for name in names]
+        return TaskLosses(
+            list(names),
+            [self.outputs[k] for k in at],
+            self.values,
+            [self.dtypes[k] for k in at],
+            [self.devices[k] for k in at],
+        )
+
     def gradients(
         self, task: int, params: Sequence[Tensor], *, retain_graph: bool
     ) -> tuple[Tensor | None, ...]:
@@ -63,7 +74,8 @@ def _vector(losses: Tensor) -> list[Tensor | GradientEdge]:
     """Where the backward of each entry of a 1-D tensor starts.
 
     For torch.stack([...]) that is the stacked scalar itself: going through the stack would send a
-    zero gradient into every other task (wasted work, and 0 * inf = NaN).
+    zero gradient into every other task (wasted work, and 0 * inf = NaN). Other ways to make the vector
+    cannot be seen through.
     """
     node = losses.grad_fn
     if node is not None and node.name() == "StackBackward0":

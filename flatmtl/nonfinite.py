@@ -48,6 +48,8 @@ class NonfiniteWatch:
         Raises:
             FloatingPointError: one of them is false.
         """
+        if not self._waiting or torch.cuda.is_current_stream_capturing():
+            return
         while self._waiting and self._waiting[0][0].query():
             _, host, tasks = self._waiting.pop(0)
             _raise(host, tasks)

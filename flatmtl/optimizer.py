@@ -11,22 +11,35 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatmtl import ops
+from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.jacobian import Captured, capture, capture_perturbed
 from flatmtl.losses import Losses, TaskLosses, read_losses
 from flatmtl.nonfinite import NonfiniteWatch
 from flatmtl.roles import Roles, named_shared
-from flatmtl.sharpness import SAM, check_rho
+from flatmtl.sharpness import SAM, check_radius
 from flatmtl.weighting import Weighting
 
 Closure = Callable[..., Losses]
+
+
+def _restore_all(kept: Sequence[Block | BufferKeeper]) -> None:
+    """Restores every one, should one fail; then raises the first failure."""
+    failures: list[Exception] = []
+    for one in kept:
+        try:
+            one.restore()
+        except Exception as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
 
 
 class MultiTaskOptimizer(Optimizer):
     """Trains several tasks with one shared network, each task's gradient seen on its own.
 
     Wraps any ``torch.optim.Optimizer`` and shares its ``param_groups`` and ``state``, so that learning
-    rate schedulers, checkpoints and hooks work on either. At a step, the gradients of all task losses
+    rate schedulers, checkpoints and step hooks work on either. At a step, the gradients of all task losses
     with respect to the shared parameters are captured, weighted by ``weighting`` (PCGrad, MGDA, ...)
     and combined into ``.grad``; parameters that only one task reaches get that task's own gradient.
     Then the base optimizer steps::
@@ -75,6 +88,8 @@ class MultiTaskOptimizer(Optimizer):
                     base_optimizer if isinstance(base_optimizer, type) else type(base_optimizer)
                 ).__name__
             )
+        if isinstance(base_optimizer, torch.optim.LBFGS):
+            raise TypeError("base_optimizer must step without a closure, got LBFGS")
         if not isinstance(weighting, Weighting):
             raise TypeError(
                 "weighting must be a flatmtl Weighting (flatmtl.weighting.by_name makes one from a "
@@ -170,6 +185,8 @@ class MultiTaskOptimizer(Optimizer):
     def _default_rho(self, group: dict[str, Any]) -> None:
         if self.sharpness is not None:
             group.setdefault("rho", self.sharpness.rho)
+            if group.get("maximize"):
+                raise ValueError("base_optimizer must minimise with sharpness, got maximize=True")
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -200,17 +217,26 @@ class MultiTaskOptimizer(Optimizer):
         """
         own = state_dict.get("flatmtl", {})
         base = {key: value for key, value in state_dict.items() if key != "flatmtl"}
-        self.base_optimizer.load_state_dict(base)
+        weightings = {"weighting": self.weighting, "flat_weighting": self.flat_weighting}
+        before = {name: w.state_dict() for name, w in weightings.items() if w is not None}
+        try:
+            self._load_weightings(own)
+            self.base_optimizer.load_state_dict(base)
+        except BaseException:
+            self._load_weightings(before)
+            raise
+        for group in self.param_groups:
+            self._default_rho(group)
+
+    def _load_weightings(self, states: dict[str, Any]) -> None:
         for name in ("weighting", "flat_weighting"):
             weighting = getattr(self, name)
             if weighting is None:
                 continue
-            if name in own:
-                weighting.load_state_dict(own[name])
+            if name in states:
+                weighting.load_state_dict(states[name])
             else:
                 weighting.reset()
-        for group in self.param_groups:
-            self._default_rho(group)
 
     # ------------------------------------------------------------ a step
 
@@ -244,6 +270,7 @@ class MultiTaskOptimizer(Optimizer):
             self._pending = False
             self.base_optimizer.step()
             return None
+        self._pending = False
         radii = self._radii()
         if not any(radii.values()):
             with torch.enable_grad():
@@ -258,7 +285,6 @@ class MultiTaskOptimizer(Optimizer):
             except BaseException:
                 self._before.restore()
                 raise
-        self._pending = False
         self.base_optimizer.step()
         return losses.values
 
@@ -274,6 +300,7 @@ class MultiTaskOptimizer(Optimizer):
         """
         if self.sharpness is not None:
             raise ValueError("backward must not be used with sharpness: give step() a closure")
+        self._pending = False
         self._watch.poll()
         self._plain_gradients(read_losses(losses))
         self._pending = True
@@ -303,18 +330,20 @@ class MultiTaskOptimizer(Optimizer):
         """id(parameter) -> rho; empty without sharpness."""
         if self.sharpness is None:
             return {}
-        return {
-            id(p): rho
-            for g in self.param_groups
-            for rho in [check_rho(g["rho"])]
-            for p in g["params"]
-        }
+        radii: dict[int, float] = {}
+        for group in self.param_groups:
+            self._default_rho(group)  # a group may have come through the base optimizer
+            rho = check_radius("rho", group["rho"])
+            radii.update((id(p), rho) for p in group["params"])
+        return radii
 
     def _capture(self, losses: TaskLosses) -> tuple[Roles, Captured]:
         params = [p for p in self._all_params() if p.requires_grad]
         if not params:
             raise ValueError("params must hold at least one that requires grad, got none")
         roles = self._roles
+        if roles is not None and set(losses.names) == set(roles.tasks):
+            losses = losses.in_order(roles.tasks)
         if roles is not None and losses.names != roles.tasks:
             raise ValueError(
                 f"losses must be of the tasks {roles.tasks}, as before, got {losses.names}"
@@ -384,15 +413,13 @@ class MultiTaskOptimizer(Optimizer):
                     self._perturb(roles, captured, task, radii)
                     with torch.enable_grad():
                         again = read_losses(closure(tasks=[name]) if by_task else closure())
-                    position = self._position(again, losses, task)
+                    position = self._position(again, roles, task, alone=by_task)
                     perturbed_sq.append(capture_perturbed(again, task, position, roles))
                     del again
                     if task in roles.own:
                         roles.own[task].restore()
         finally:
-            for block in blocks:
-                block.restore()
-            self._clean.restore()
+            _restore_all([*blocks, self._clean])
         self._flat_steps += 1
         for task, norms in enumerate(perturbed_sq):
             for sq in norms:
@@ -422,23 +449,26 @@ class MultiTaskOptimizer(Optimizer):
             )
 
     @staticmethod
-    def _position(again: TaskLosses, first: TaskLosses, task: int) -> int:
-        """Where the task's loss stands in a perturbed pass: alone, or among all as before."""
-        if again.names == first.names:
-            return task
-        if len(again.names) == 1 and again.names[0] in (0, first.names[task]):
+    def _position(again: TaskLosses, roles: Roles, task: int, *, alone: bool) -> int:
+        """Where the task's loss stands in a perturbed pass: among all as before, or alone if asked for."""
+        if set(again.names) == set(roles.tasks):
+            return again.names.index(roles.tasks[task])
+        if alone and len(again.names) == 1 and again.names[0] in (0, roles.tasks[task]):
             return 0
         raise ValueError(
-            f"closure must return the loss of task {first.names[task]!r}, or those of all tasks "
-            f"{first.names}, when called again, got {again.names}"
+            f"closure must return the losses of tasks {roles.tasks} when called again (or, if it takes "
+            f"tasks=, that of task {roles.tasks[task]!r} alone), got {again.names}"
         )
 
     def _write_grads(
         self, roles: Roles, captured: Captured, finite: Tensor, *, perturbed: bool
     ) -> None:
         """.grad of every reached parameter <- a view; of the others <- None."""
-        for k, param in enumerate(roles.params):
-            if k not in captured.reached:
+        reached = {id(roles.params[k]) for k in captured.reached}
+        for (
+            param
+        ) in self._all_params():  # frozen ones too: a gradient of earlier must not move them
+            if id(param) not in reached:
                 param.grad = None
 
         def assign(index: Sequence[int], views: Sequence[Tensor]) -> None:
@@ -449,6 +479,7 @@ class MultiTaskOptimizer(Optimizer):
         if roles.shared is not None:
             assign(roles.shared_index, roles.shared.views(roles.shared.update))
         for task, block in roles.own.items():
-            row = (block.sam if perturbed else block.jac)[0]
-            row.masked_fill_(~finite[task].to(row.device), 0)
-            assign(roles.own_index[task], block.views(row))
+            # A copy: the next capture overwrites the row, and may fail before it has a gradient.
+            block.update.copy_((block.sam if perturbed else block.jac)[0])
+            block.update.masked_fill_(~finite[task].to(block.update.device), 0)
+            assign(roles.own_index[task], block.views(block.update))

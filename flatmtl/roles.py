@@ -68,6 +68,9 @@ class Roles:
         self._named = None if named is None else {id(p) for p in named}
         self._label = label
         self._reach: list[set[int]] = [set() for _ in params]
+        self._new: list[
+            tuple[int, int]
+        ] = []  # (parameter, task) reached for the first time, this pass
         self.shared: Block | None = None
         self.own: dict[int, Block] = {}
         self.shared_index: list[int] = []
@@ -90,20 +93,28 @@ class Roles:
         for k, grad in enumerate(grads):
             if grad is None or task in self._reach[k]:
                 continue
-            if self.settled and self._reach[k] and not self._is_shared(k):
-                owner = next(iter(self._reach[k]))
+            before = self._reach[k] - {t for j, t in self._new if j == k}
+            if self.settled and before and not self._is_shared(k):
                 raise ValueError(
                     f"{self._label(self.params[k])} must keep one role: it belonged to task "
-                    f"{self.tasks[owner]!r} alone, and task {self.tasks[task]!r} reaches it now; name "
-                    "the shared parameters with shared="
+                    f"{self.tasks[next(iter(before))]!r} alone, and task {self.tasks[task]!r} reaches it "
+                    "now; name the shared parameters with shared="
                 )
             if grad.layout != self.params[k].layout:
                 raise ValueError(
                     f"{self._label(self.params[k])} must have a dense gradient, got layout {grad.layout}"
                 )
-            fresh = fresh or not self._reach[k]
+            fresh = fresh or not before
             self._reach[k].add(task)
+            self._new.append((k, task))
         return fresh
+
+    def end_pass(self, *, keep: bool) -> None:
+        """Keeps what ``note`` has noted since the last call, or forgets it (the pass has failed)."""
+        if not keep:
+            for k, task in self._new:
+                self._reach[k].discard(task)
+        self._new = []
 
     def settle(self) -> None:
         """Gives every reached parameter its role and lays out the blocks.
@@ -112,22 +123,26 @@ class Roles:
             ValueError: a parameter outside ``shared=`` is reached by two tasks, or dtypes or devices
                 differ within a role.
         """
-        self.shared_index, self.own_index = [], {}
+        shared_index: list[int] = []
+        own_index: dict[int, list[int]] = {}
         for k, reach in enumerate(self._reach):
             if not reach:
                 continue
             if self._is_shared(k):
-                self.shared_index.append(k)
+                shared_index.append(k)
             elif len(reach) == 1:
-                self.own_index.setdefault(next(iter(reach)), []).append(k)
+                own_index.setdefault(next(iter(reach)), []).append(k)
             else:
                 names = [self.tasks[t] for t in sorted(reach)]
                 raise ValueError(
                     f"shared must name {self._label(self.params[k])}, or only one task may reach it: "
                     f"tasks {names} do"
                 )
-        self.shared = self._block(self.shared_index, len(self.tasks)) if self.shared_index else None
-        self.own = {task: self._block(index, 1) for task, index in self.own_index.items()}
+        shared = self._block(shared_index, len(self.tasks)) if shared_index else None
+        own = {task: self._block(index, 1) for task, index in own_index.items()}
+        # Nothing has changed up to here, should a role not hold.
+        self.shared, self.shared_index = shared, shared_index
+        self.own, self.own_index = own, own_index
         self.settled = True
 
     def _block(self, index: Sequence[int], rows: int) -> Block:

@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 
 
-def check_rho(value: object) -> float:
-    """``value`` as a radius.
+def check_radius(name: str, value: object) -> float:
+    """``value`` as a radius or a shift.
 
     Raises:
         TypeError, ValueError: it is no number, negative or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"rho must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"rho must be finite and at least 0, got {value}")
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
     return float(value)
 
 
@@ -43,6 +43,5 @@ class SAM:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        check_rho(self.rho)
-        if not (self.eta >= 0 and math.isfinite(self.eta)):
-            raise ValueError(f"eta must be finite and at least 0, got {self.eta}")
+        check_radius("rho", self.rho)
+        check_radius("eta", self.eta)

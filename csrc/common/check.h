@@ -94,10 +94,11 @@ inline void check_segments(const char* name, const std::vector<Tensor>& tensors,
     STD_TORCH_CHECK(tensors[k].is_contiguous(), which, " must be contiguous");
     STD_TORCH_CHECK(offsets[k] >= end, "offsets[", k, "] must be at least ", end, ", got ",
                     offsets[k]);
+    STD_TORCH_CHECK(offsets[k] <= row.numel() - tensors[k].numel(), which,
+                    " must end within the row (", row.numel(), " elements), got offset ",
+                    offsets[k], " and ", tensors[k].numel(), " elements");
     end = offsets[k] + tensors[k].numel();
   }
-  STD_TORCH_CHECK(end <= row.numel(), name, " must end within the row (", row.numel(),
-                  " elements), got an end at ", end);
 }
 
 }  // namespace flatmtl

@@ -56,6 +56,7 @@ bool may_overlap(const Tensor& x, const Tensor& y) {
   // Two column slices of one buffer lie between each other without touching.
   if (x.stride(0) != y.stride(0)) return true;
   const int64_t pitch = x.stride(0);
+  if (pitch <= 0) return true;
   const auto size = static_cast<int64_t>(x.element_size());
   const int64_t bytes = static_cast<int64_t>(y_first) - static_cast<int64_t>(x_first);
   if (bytes % size != 0) return true;

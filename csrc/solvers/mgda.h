@@ -15,7 +15,13 @@ FLATMTL_HD inline int64_t mgda_work(int64_t tasks) {
   return tasks * tasks + nnqp_work(tasks) + 3 * tasks;
 }
 
-// gram: [T, T], weights: [T]. ridge: added to the diagonal of the cosine matrix.
+// The largest ridge that is tried: above the noise of a Gram matrix of float32 products.
+constexpr double kLargestRidge = 1e-6;
+
+// gram: [T, T], weights: [T]. ridge: added to the diagonal of the cosine matrix. A Gram matrix of
+// rounded products can be indefinite by more than that (about 1e-7 for float32 products) and the
+// active set then fails; the solve is repeated with a ridge 100 times larger, up to kLargestRidge,
+// and the status says so.
 template <class Team>
 FLATMTL_HD void mgda(Team& team, const double* gram, int64_t tasks, double ridge, double* work,
                      double* weights, int64_t* status, double* residual) {
@@ -31,15 +37,26 @@ FLATMTL_HD void mgda(Team& team, const double* gram, int64_t tasks, double ridge
   const double top = team.max(tasks, [&](int64_t i) { return b[i]; });
   team.each(tasks, [&](int64_t i) { b[i] = top > 0 ? b[i] / top : 0.0; });
 
-  const bool converged = nnqp(team, cosine, b, active, tasks, inner, y, residual);
+  int64_t outcome = activity_status(alive, tasks);
+  while (true) {
+    const bool converged = nnqp(team, cosine, b, active, tasks, inner, y, residual);
+    // Near-stationary gradients make y large (up to 1/ridge), and the rounding of C y with it.
+    const double size = team.sum(tasks, [&](int64_t i) { return y[i]; });
+    const bool sound = converged && *residual <= 1e-6 + 1e-13 * size;
+    if (sound) break;
+    if (ridge >= kLargestRidge) {
+      outcome |= kNotConverged;
+      break;
+    }
+    ridge = ridge > 1e-12 ? 100 * ridge : 1e-10;
+    if (ridge > kLargestRidge) ridge = kLargestRidge;
+    outcome |= kRidgeRaised;
+    team.each(tasks, [&](int64_t i) { cosine[i * tasks + i] = 1 + ridge; });
+  }
+
   const double total = team.sum(tasks, [&](int64_t i) { return y[i] * b[i]; });
   team.each(tasks, [&](int64_t i) { weights[i] = total > 0 ? y[i] * b[i] / total : 0.0; });
-  // Near-stationary gradients make y large (up to 1/ridge), and the rounding of C y with it.
-  const double size = team.sum(tasks, [&](int64_t i) { return y[i]; });
-  team.one([&] {
-    const bool sound = converged && *residual <= 1e-6 + 1e-13 * size;
-    *status = activity_status(alive, tasks) | (sound ? 0 : kNotConverged);
-  });
+  team.one([&] { *status = outcome; });
 }
 
 }  // namespace flatmtl

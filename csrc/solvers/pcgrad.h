@@ -34,10 +34,12 @@ FLATMTL_HD void pcgrad(Team& team, const double* gram, const int64_t* order, int
   for (int64_t s = 0; s < tasks; ++s) {
     team.each(tasks, [&](int64_t i) {
       const int64_t j = order[i * tasks + s];
+      visit[i] = 0;
+      if (j < 0 || j >= tasks || j == i || active[i] == 0 || active[j] == 0) return;
       const double p = product[i * tasks + j];
-      const bool conflict = j != i && active[i] != 0 && active[j] != 0 && p < 0;
-      visit[i] = conflict ? p / gram[j * tasks + j] : 0.0;
-      if (conflict) coefficients[i * tasks + j] -= visit[i];
+      if (!(p < 0)) return;
+      visit[i] = p / gram[j * tasks + j];
+      coefficients[i * tasks + j] -= visit[i];
     });
     team.each2(tasks, tasks, [&](int64_t i, int64_t k) {
       if (visit[i] != 0 && active[k] != 0)

@@ -29,6 +29,7 @@ namespace flatmtl {
 constexpr int64_t kNoActiveTask = 1;  // every gradient is zero or not finite: all weights are 0
 constexpr int64_t kInactiveTask = 2;  // at least one task was left out
 constexpr int64_t kNotConverged = 4;  // the solver stopped short of its tolerance
+constexpr int64_t kRidgeRaised = 8;   // the Gram matrix was too noisy for the ridge asked for
 
 struct SerialTeam {
   template <class F>

@@ -402,7 +402,8 @@ def solve_mgda(gram: Tensor, ridge: float | None = None) -> tuple[Tensor, Tensor
     Args:
         gram: float32 or float64 [T, T] or [B, T, T].
         ridge: added to the diagonal of the cosine matrix; by default 1e-10 for a float64 Gram and
-            1e-6 for a float32 one.
+            1e-6 for a float32 one. Where the matrix is too noisy for it (a Gram of float32 rows can be
+            indefinite by 1e-7), it is raised a hundredfold, up to 1e-6, and the status says so.
 
     Returns:
         weights float64 [T], status int64, residual float64 (of the optimality conditions in the cosine

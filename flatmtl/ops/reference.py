@@ -17,6 +17,9 @@ BLOCK = 1 << 16  # columns a block: bounds the float64 copies
 NO_ACTIVE_TASK = 1
 INACTIVE_TASK = 2
 NOT_CONVERGED = 4
+RIDGE_RAISED = 8
+
+LARGEST_RIDGE = 1e-6  # csrc/solvers/mgda.h
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -228,6 +231,22 @@ def solve_pcgrad(gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def solve_mgda(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """gram [B, T, T] -> weights [B, T], status [B], residual [B]; csrc/solvers/mgda.h has the maths."""
+    weights, sound, residual, active = _mgda(gram, ridge)
+    raised = torch.zeros_like(sound)
+    while ridge < LARGEST_RIDGE:
+        # Tried on every problem, kept where the smaller ridge failed: no value is read on the host.
+        ridge = min(100 * ridge, LARGEST_RIDGE) if ridge > 1e-12 else 1e-10
+        again = _mgda(gram, ridge)
+        raised = raised | ~sound
+        weights = torch.where(sound.unsqueeze(1), weights, again[0])
+        residual = torch.where(sound, residual, again[2])
+        sound = sound | again[1]
+    bits = (~sound).long() * NOT_CONVERGED + raised.long() * RIDGE_RAISED
+    return weights, _status(active) + bits, residual
+
+
+def _mgda(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights [B, T], whether they are sound [B], residual [B], active tasks [B, T]."""
     gram = gram.double()
     batch, tasks, _ = gram.shape
     active = _active(gram)
@@ -283,5 +302,5 @@ def solve_mgda(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     v = y * b
     total = v.sum(1, keepdim=True)
     weights = torch.where(total > 0, v / total.where(total > 0, one), zero)
-    failed = ~done.squeeze(1) | ~(residual <= 1e-6 + 1e-13 * y.sum(1))
-    return weights, _status(active) + failed.long() * NOT_CONVERGED, residual
+    sound = done.squeeze(1) & (residual <= 1e-6 + 1e-13 * y.sum(1))
+    return weights, sound, residual, active

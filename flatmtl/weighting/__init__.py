@@ -23,8 +23,10 @@ def by_name(name: str, **options: Any) -> Weighting:  # noqa: ANN401
         **options: the method's own.
 
     Raises:
-        ValueError: no method has that name.
+        TypeError, ValueError: no method has that name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}")
     method = METHODS.get(name.lower())
     if method is None:
         raise ValueError(f"name must be one of {', '.join(sorted(METHODS))}, got {name!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatmtl.ops import _check
-from flatmtl.ops.reference import INACTIVE_TASK, NO_ACTIVE_TASK, NOT_CONVERGED
+from flatmtl.ops.reference import INACTIVE_TASK, NO_ACTIVE_TASK, NOT_CONVERGED, RIDGE_RAISED
 
 W = TypeVar("W", bound="Weighting")
 
@@ -46,9 +46,14 @@ class SolveStatus:
         return self._any(NOT_CONVERGED)
 
     @property
+    def ridge_raised(self) -> bool:
+        """The Gram matrix was too noisy for the method's ridge; a larger one, up to 1e-6, was used."""
+        return self._any(RIDGE_RAISED)
+
+    @property
     def ok(self) -> bool:
-        """No bit is set."""
-        return not bool(self.bits.any())
+        """All tasks took part and the solver reached its tolerance."""
+        return not self._any(NO_ACTIVE_TASK | INACTIVE_TASK | NOT_CONVERGED)
 
 
 class Weighting:

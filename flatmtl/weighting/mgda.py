@@ -13,7 +13,9 @@ class MGDA(Weighting):
 
     The shortest vector in the convex hull of the task gradients: min w'Gw, w >= 0, sum w = 1. Solved to
     the end by an active set, where Frank-Wolfe iterations stop short. A task whose gradient is zero is
-    left out (strictly, the solution would then be zero), one that is not finite likewise.
+    left out (strictly, the solution would then be zero), one that is not finite likewise. The solution
+    is that of the Gram matrix with a ridge of 1e-10 on its cosine form, raised up to 1e-6 where float32
+    rounding asks for it (``SolveStatus.ridge_raised``).
     """
 
     def _solve(self, gram: Tensor) -> tuple[Tensor, SolveStatus]:
