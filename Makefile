@@ -61,7 +61,7 @@ lint: $(VENV)/.torch
 cuda-check: export FLATMTL_CUDA = 1
 cuda-check: install
 	$(PIP) --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(RUN) bench/ptxas_report.py build/temp.*/cuda | tail -n 4
+	$(RUN) bench/ptxas_report.py build/native-*/cuda | tail -n 4
 
 clean:
 	rm -rf build dist *.egg-info flatmtl/*.so

@@ -154,8 +154,9 @@ class NinjaBuild(build_ext):
                 "flatmtl: no C++ compiler; installing without compiled operators", file=sys.stderr
             )
             return
-        build = Path(self.build_temp).resolve()
-        if " " in str(ROOT) + str(build):
+        # In the source tree, not in pip's temporary folder: ninja then compiles only what changed.
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        if " " in str(ROOT):
             sys.exit(f"flatmtl must be built in a path without spaces, got {ROOT}")
         build.mkdir(parents=True, exist_ok=True)
         core = Path(self.get_ext_fullpath("flatmtl._core")).resolve()

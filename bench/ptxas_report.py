@@ -1,7 +1,7 @@
 """What the compiler made of the CUDA kernels: registers, shared memory, spills, occupancy, wide loads.
 
-    python bench/ptxas_report.py build/temp.*/cuda                                print the table
-    python bench/ptxas_report.py build/temp.*/cuda --markdown docs/kernels_static.md
+    python bench/ptxas_report.py build/native-*/cuda                                print the table
+    python bench/ptxas_report.py build/native-*/cuda --markdown docs/kernels_static.md
 
 Reads what the build left there: ptxas' own words (-Xptxas -v) in *.log, and the machine code in *.o.
 Ends with status 1 if a kernel spills or has a stack frame, or if a gram or combine kernel has no global
