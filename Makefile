@@ -50,8 +50,8 @@ bench-quick: install
 	$(PIP) -e ".[bench,peers]" --no-build-isolation
 	$(RUN) -m pytest bench --quick -q -p no:cacheprovider
 
-lint: $(VENV)/.torch
-	$(PIP) "ruff==0.14.5" "mypy==1.18.2" "clang-format==21.1.5"
+lint: install
+	$(PIP) -e ".[lint,demo]" --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) -m mypy
