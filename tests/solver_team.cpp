@@ -124,36 +124,33 @@ int run_mgda(uint64_t seed, const double* gram, int64_t tasks, double ridge, dou
 
 void run_draw_order(uint64_t team_seed, uint64_t seed, uint64_t step, int64_t batch_index,
                     int64_t tasks, int64_t* order) {
-  with_team(team_seed, [&](auto& team) {
-    flatmtl::draw_order(team, seed, step, batch_index, tasks, order);
-  });
+  with_team(team_seed,
+            [&](auto& team) { flatmtl::draw_order(team, seed, step, batch_index, tasks, order); });
 }
 
 void run_philox(uint64_t key, const uint32_t* counter, uint32_t* out) {
-  const flatmtl::Philox p =
-      flatmtl::philox(key, counter[0], counter[1], counter[2], counter[3]);
+  const flatmtl::Philox p = flatmtl::philox(key, counter[0], counter[1], counter[2], counter[3]);
   for (uint32_t i = 0; i < 4; ++i) out[i] = p.word(i);
 }
 
 // A running sum in ONE phase: iteration i reads what i - 1 wrote. Right on one thread, wrong on a
 // block; the shuffled team has to show it.
 void run_neighbour(uint64_t seed, int64_t n, double* x) {
-  with_team(seed, [&](auto& team) {
-    team.each(n, [&](int64_t i) { x[i] += i > 0 ? x[i - 1] : 0.0; });
-  });
+  with_team(seed,
+            [&](auto& team) { team.each(n, [&](int64_t i) { x[i] += i > 0 ? x[i - 1] : 0.0; }); });
 }
 
 // The same fault with two indices, and one where several iterations write the same place.
 void run_neighbour2(uint64_t seed, int64_t n, double* x) {
   with_team(seed, [&](auto& team) {
-    team.each2(n, n, [&](int64_t i, int64_t j) { x[i * n + j] += i > 0 ? x[(i - 1) * n + j] : 0.0; });
+    team.each2(n, n,
+               [&](int64_t i, int64_t j) { x[i * n + j] += i > 0 ? x[(i - 1) * n + j] : 0.0; });
   });
 }
 
 void run_same_place(uint64_t seed, int64_t n, double* x) {
-  with_team(seed, [&](auto& team) {
-    team.each(n, [&](int64_t i) { x[0] = static_cast<double>(i); });
-  });
+  with_team(seed,
+            [&](auto& team) { team.each(n, [&](int64_t i) { x[0] = static_cast<double>(i); }); });
 }
 
 // Inside sum: f may read the state but not change it for the others.

@@ -33,7 +33,8 @@ __device__ inline void load_packs(Pack<T> (&x)[kCombineUnroll<T>], const T* row,
     for (int u = 0; u < kCombineUnroll<T>; ++u) x[u] = load_pack_stream(row + column + u * stride);
   } else {
 #pragma unroll
-    for (int u = 0; u < kCombineUnroll<T>; ++u) x[u] = load_guarded(row, column + u * stride, columns);
+    for (int u = 0; u < kCombineUnroll<T>; ++u)
+      x[u] = load_guarded(row, column + u * stride, columns);
   }
 }
 

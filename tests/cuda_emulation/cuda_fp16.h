@@ -30,7 +30,7 @@ inline __half __float2half_rn(float value) {
   std::memcpy(&bits, &value, 4);
   const uint16_t sign = bits >> 16 & 0x8000;
   bits &= 0x7FFFFFFF;
-  if (bits > 0x7F800000) return {static_cast<uint16_t>(sign | 0x7FFF)};  // NaN
+  if (bits > 0x7F800000) return {static_cast<uint16_t>(sign | 0x7FFF)};   // NaN
   if (bits >= 0x477FF000) return {static_cast<uint16_t>(sign | 0x7C00)};  // rounds to infinity
   if (bits < 0x38800000) {  // subnormal: let the float adder round at 2^-24
     float magnitude;

@@ -1,10 +1,11 @@
-// A stand-in for CUDA's header, so that g++ compiles csrc/kernels/*.cuh and the kernels run on the CPU.
+// A stand-in for CUDA's header, so that g++ compiles csrc/kernels/*.cuh and the kernels run on the
+// CPU.
 //
-// Every thread of a block is a fiber (emulator.cpp). A fiber runs until it meets a barrier or a warp
-// exchange; the order in which fibers run is the test's choice (forward, backward, random), so that a
-// missing barrier gives a wrong result. Caught besides: barriers that not all threads reach, threads at
-// different barriers, 16-byte accesses that are not aligned, shared memory beyond what was asked for,
-// reads of dynamic shared memory before it is written (it starts as NaN).
+// Every thread of a block is a fiber (emulator.cpp). A fiber runs until it meets a barrier or a
+// warp exchange; the order in which fibers run is the test's choice (forward, backward, random), so
+// that a missing barrier gives a wrong result. Caught besides: barriers that not all threads reach,
+// threads at different barriers, 16-byte accesses that are not aligned, shared memory beyond what
+// was asked for, reads of dynamic shared memory before it is written (it starts as NaN).
 #pragma once
 
 #include <algorithm>
@@ -38,7 +39,8 @@ namespace emulated {
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 void* dynamic_shared();
 void barrier(const char* file, int line);
-// Puts `mine` up for the warp and returns lane `source`'s value, once all lanes of the warp are here.
+// Puts `mine` up for the warp and returns lane `source`'s value, once all lanes of the warp are
+// here.
 double exchange(double mine, int source, const char* file, int line);
 void fail(const char* what);
 

@@ -132,7 +132,8 @@ void arrange(std::vector<int>& order) {
 
 void run_block(int threads) {
   block_meeting = {threads, 0, 0, nullptr, 0};
-  for (int w = 0; w * 32 < threads; ++w) warps[w].meeting = {std::min(32, threads - w * 32), 0, 0, nullptr, 0};
+  for (int w = 0; w * 32 < threads; ++w)
+    warps[w].meeting = {std::min(32, threads - w * 32), 0, 0, nullptr, 0};
   std::fill(shared.begin(), shared.end(), 0xFF);
   std::vector<int> order(threads);
   for (int t = 0; t < threads; ++t) start(order[t] = t);
@@ -163,7 +164,8 @@ void fail(const char* what) {
 }
 
 void* dynamic_shared() {
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) & ~uintptr_t{15});
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) &
+                                 ~uintptr_t{15});
 }
 
 void barrier(const char* file, int line) { meet(block_meeting, file, line); }
@@ -177,7 +179,8 @@ double exchange(double mine, int source, const char* file, int line) {
   return warp.slot[round % 2][source];
 }
 
-cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes,
+                   const std::function<void()>& kernel) {
   const int threads = static_cast<int>(block.x);
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads < 1 || threads > kMostThreads)
     fail("a launch whose grid or block is not allowed");

@@ -62,20 +62,22 @@ int emulated_gram(int dtype, const void* jac, int64_t stride, const void* sam, i
     using T = decltype(zero);
     const Rows<const T> j = rows<T>(jac, stride, tasks);
     if (sam)
-      return gram<T, true>(j, rows<T>(sam, sam_stride, tasks), tasks, columns, partials.data(), out, nullptr);
+      return gram<T, true>(j, rows<T>(sam, sam_stride, tasks), tasks, columns, partials.data(), out,
+                           nullptr);
     return gram<T, false>(j, j, tasks, columns, partials.data(), out, nullptr);
   });
 }
 
-// gram_small_kernel with a plan of the test's own: chunks that take several spans, several steps a span,
-// which the shapes ask for from 16 million columns on. out: [T (T + 1) / 2, chunks]
+// gram_small_kernel with a plan of the test's own: chunks that take several spans, several steps a
+// span, which the shapes ask for from 16 million columns on. out: [T (T + 1) / 2, chunks]
 int emulated_gram_spans(const float* jac, int64_t columns, int64_t chunks, int steps, double* out) {
   const Rows<const float> j = rows<float>(jac, columns, 3);
-  return launch(gram_small_kernel<float, 3, false>, dim3(static_cast<unsigned>(chunks)), dim3(kThreads), 0,
-                nullptr, j, j, columns, StripPlan{chunks, steps}, out);
+  return launch(gram_small_kernel<float, 3, false>, dim3(static_cast<unsigned>(chunks)),
+                dim3(kThreads), 0, nullptr, j, j, columns, StripPlan{chunks, steps}, out);
 }
 
-int emulated_row_norms(int dtype, const void* jac, int64_t stride, int tasks, int64_t columns, double* out) {
+int emulated_row_norms(int dtype, const void* jac, int64_t stride, int tasks, int64_t columns,
+                       double* out) {
   Scratch partials(row_norms_partials(tasks, columns, bytes_of(dtype)));
   return with(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -95,8 +97,8 @@ int emulated_combine(int dtype, const void* jac, int64_t stride, const double* a
   });
 }
 
-int emulated_project(int dtype, const void* jac, int64_t stride, const double* coefficients, int tasks,
-                     int outputs, int64_t columns, void* out, int64_t out_stride) {
+int emulated_project(int dtype, const void* jac, int64_t stride, const double* coefficients,
+                     int tasks, int outputs, int64_t columns, void* out, int64_t out_stride) {
   return with(dtype, [&](auto zero) {
     using T = decltype(zero);
     return project<T>(rows<T>(jac, stride, tasks), coefficients, tasks, outputs, columns,
@@ -104,17 +106,19 @@ int emulated_project(int dtype, const void* jac, int64_t stride, const double* c
   });
 }
 
-int emulated_affinity(const double* gram, const double* losses, int64_t tasks, double lr, double* out) {
+int emulated_affinity(const double* gram, const double* losses, int64_t tasks, double lr,
+                      double* out) {
   return affinity(gram, losses, tasks, lr, out, nullptr);
 }
 
-int emulated_pack_row(int dtype, const void* const* grads, const int64_t* offsets, const int64_t* numels,
-                      int64_t count, void* row, int64_t columns, double* sq_norm) {
+int emulated_pack_row(int dtype, const void* const* grads, const int64_t* offsets,
+                      const int64_t* numels, int64_t count, void* row, int64_t columns,
+                      double* sq_norm) {
   Scratch partials(pack_row_partials(count, columns));
   return with(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return pack_row<T>(grads, offsets, numels, count, static_cast<T*>(row), columns, partials.data(),
-                       sq_norm, nullptr);
+    return pack_row<T>(grads, offsets, numels, count, static_cast<T*>(row), columns,
+                       partials.data(), sq_norm, nullptr);
   });
 }
 
@@ -126,29 +130,30 @@ int emulated_perturb(int dtype, void* const* params, const int64_t* offsets, con
     using T = decltype(zero);
     const T* source = static_cast<const T*>(saved);
     if (!row) return restore<T>(params, offsets, numels, count, source, columns, nullptr);
-    return perturb<T>(params, offsets, numels, rho, count, source, static_cast<const T*>(row), sq_norm,
-                      columns, adaptive != 0, eta, nullptr);
+    return perturb<T>(params, offsets, numels, rho, count, source, static_cast<const T*>(row),
+                      sq_norm, columns, adaptive != 0, eta, nullptr);
   });
 }
 
-int emulated_adaptive_sq_norm(int dtype, const void* saved, const void* row, int64_t columns, double eta,
-                              double* out) {
+int emulated_adaptive_sq_norm(int dtype, const void* saved, const void* row, int64_t columns,
+                              double eta, double* out) {
   Scratch partials(adaptive_sq_norm_partials(columns, bytes_of(dtype)));
   return with(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return adaptive_sq_norm<T>(static_cast<const T*>(saved), static_cast<const T*>(row), columns, eta,
-                               partials.data(), out, nullptr);
+    return adaptive_sq_norm<T>(static_cast<const T*>(saved), static_cast<const T*>(row), columns,
+                               eta, partials.data(), out, nullptr);
   });
 }
 
 int emulated_solve_pcgrad(const double* gram, const int64_t* order, int64_t batch, int64_t tasks,
                           double* weights, double* coefficients, int64_t* status) {
   Scratch work(pcgrad_scratch(batch, tasks));
-  return solve_pcgrad(gram, order, batch, tasks, work.data(), weights, coefficients, status, nullptr);
+  return solve_pcgrad(gram, order, batch, tasks, work.data(), weights, coefficients, status,
+                      nullptr);
 }
 
-int emulated_solve_mgda(const double* gram, int64_t batch, int64_t tasks, double ridge, double* weights,
-                        int64_t* status, double* residual) {
+int emulated_solve_mgda(const double* gram, int64_t batch, int64_t tasks, double ridge,
+                        double* weights, int64_t* status, double* residual) {
   Scratch work(mgda_scratch(batch, tasks));
   return solve_mgda(gram, batch, tasks, ridge, work.data(), weights, status, residual, nullptr);
 }
