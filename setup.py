@@ -30,6 +30,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ARCHS = "8.0;9.0;10.0;12.0+PTX"
+CXX = shlex.split(os.environ.get("CXX") or "g++")
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 WARN = "-Wall -Wextra -Wno-maybe-uninitialized"  # gcc's own AVX-512 headers trip the last one
 ISA_FLAGS = {
@@ -54,10 +55,16 @@ def wanted_nvcc() -> Path | None:
     nvcc = None if choice == "0" else find_nvcc()
     if choice == "1" and nvcc is None:
         sys.exit("FLATMTL_CUDA=1 needs nvcc: none in CUDA_HOME/bin nor on the PATH")
-    if nvcc and tuple(map(int, cuda_version(nvcc).split("."))) < (12, 8):
+    if nvcc is None:
+        return None
+    try:
+        if tuple(map(int, cuda_version(nvcc).split("."))) < (12, 8):
+            raise RuntimeError(f"CUDA 12.8 or later is needed, {nvcc} is {cuda_version(nvcc)}")
+        cuda_library_dir(nvcc)
+    except (RuntimeError, subprocess.CalledProcessError) as problem:
         if choice == "1":
-            sys.exit(f"FLATMTL_CUDA=1 needs CUDA 12.8 or later, got {cuda_version(nvcc)} ({nvcc})")
-        print(f"flatmtl: CUDA {cuda_version(nvcc)} is older than 12.8; left out", file=sys.stderr)
+            sys.exit(f"FLATMTL_CUDA=1: {problem}")
+        print(f"flatmtl: built without CUDA: {problem}", file=sys.stderr)
         return None
     return nvcc
 
@@ -71,11 +78,11 @@ def cuda_version(nvcc: Path) -> str:
 def cuda_library_dir(nvcc: Path) -> Path:
     """Where the static CUDA runtime lies; nvcc itself says (it may be a wrapper on the PATH)."""
     dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
-    top = next(line.split("=", 1)[1] for line in dry.splitlines() if line.startswith("#$ TOP="))
+    top = next((ln.split("=", 1)[1] for ln in dry.splitlines() if ln.startswith("#$ TOP=")), "?")
     for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
         if (Path(top) / folder / "libcudart_static.a").exists():
             return (Path(top) / folder).resolve()
-    sys.exit(f"nvcc is there ({nvcc}), but no libcudart_static.a in its toolkit {top}")
+    raise RuntimeError(f"{nvcc} is there, but no libcudart_static.a in its toolkit {top}")
 
 
 def gencode(archs: str) -> str:
@@ -102,7 +109,8 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     info = {"TORCH": torch.__version__, "CUDA": cuda_version(nvcc) if nvcc else "", "ARCHS": archs}
     defines = " ".join(f"-DFLATMTL_BUILD_{k}='\"{v}\"'" for k, v in info.items())
     python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
-    cxx = os.environ.get("CXX", "g++")
+    cxx = " ".join(CXX)
+    host = next(word for word in reversed(CXX) if not word.startswith("-"))  # past ccache and such
     common = "-std=c++17 -O3 -fPIC -fvisibility=hidden -DNDEBUG"
     lines = [
         "ninja_required_version = 1.5",
@@ -126,7 +134,7 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     lines.append(f"build {core}: link {module}\n  libs = -Wl,--unresolved-symbols=ignore-all")
     if nvcc:
         lines += [
-            f"rule nvcc\n  command = {nvcc} -ccbin {cxx} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
+            f"rule nvcc\n  command = {nvcc} -ccbin {host} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
             " -Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden -Xptxas -v"
             f" --compress-mode=size {gencode(archs)} $flags -c $in -o $out"
             " 2> $out.log || (cat $out.log >&2; false)\n  depfile = $out.d\n  deps = gcc",
@@ -147,7 +155,7 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         """Builds every library, or none where there is no C++ compiler."""
-        if shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None:
+        if shutil.which(CXX[0]) is None:
             if os.environ.get("FLATMTL_CUDA") == "1":
                 sys.exit("FLATMTL_CUDA=1 needs a C++ compiler: set CXX or install g++")
             print(
@@ -161,7 +169,10 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         core = Path(self.get_ext_fullpath("flatmtl._core")).resolve()
         core.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(build, core.parent, core))
+        text = ninja_file(build, core.parent, core)
+        if "libflatmtl_cuda.so" not in text:  # one of an earlier build must not stay behind
+            (core.parent / "libflatmtl_cuda.so").unlink(missing_ok=True)
+        (build / "build.ninja").write_text(text)
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *jobs], check=True)
 

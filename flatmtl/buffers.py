@@ -61,7 +61,9 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def _expanded(buffer: Tensor) -> bool:
     """An expanded view: one element stands for many, so that nothing can write to it in place."""
-    return any(n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True))
+    return buffer.layout == torch.strided and any(
+        n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True)
+    )
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:

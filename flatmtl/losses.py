@@ -32,14 +32,18 @@ class TaskLosses:
 
     def in_order(self, names: list[TaskName]) -> TaskLosses:
         """The same losses, task by task in the order of ``names``, which must be the same ones."""
+        if names == self.names:
+            return self
         at = [self.names.index(name) for name in names]
-        return TaskLosses(
+        ordered = TaskLosses(
             list(names),
             [self.outputs[k] for k in at],
             self.values,
             [self.dtypes[k] for k in at],
             [self.devices[k] for k in at],
         )
+        self.outputs.clear()  # one holder of the graphs, who lets them go
+        return ordered
 
     def gradients(
         self, task: int, params: Sequence[Tensor], *, retain_graph: bool

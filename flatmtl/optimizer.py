@@ -18,18 +18,18 @@ from flatmtl.losses import Losses, TaskLosses, read_losses
 from flatmtl.nonfinite import NonfiniteWatch
 from flatmtl.roles import Roles, named_shared
 from flatmtl.sharpness import SAM, check_radius
-from flatmtl.weighting import Weighting
+from flatmtl.weighting import SolveStatus, Weighting
 
 Closure = Callable[..., Losses]
 
 
 def _restore_all(kept: Sequence[Block | BufferKeeper]) -> None:
     """Restores every one, should one fail; then raises the first failure."""
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     for one in kept:
         try:
             one.restore()
-        except Exception as failure:
+        except BaseException as failure:
             failures.append(failure)
     if failures:
         raise failures[0]
@@ -123,6 +123,7 @@ class MultiTaskOptimizer(Optimizer):
         self._flat_steps = 0
         self._pending = False  # backward() has run and step() has not
         self._finite: Tensor | None = None
+        self._statuses: dict[str, SolveStatus] = {}  # of the last step's aggregations
 
     _KEPT = (
         "base_optimizer",
@@ -178,15 +179,19 @@ class MultiTaskOptimizer(Optimizer):
         """Adds a group to the base optimizer; ``"rho"`` defaults to the sharpness's."""
         if "base_optimizer" not in self.__dict__:
             return  # Optimizer.__init__ before the base is known
+        self._check_group(param_group)
         self.base_optimizer.add_param_group(param_group)
         self._default_rho(self.param_groups[-1])
         self._roles = None
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if self.sharpness is not None and group.get("maximize"):
+            raise ValueError("base_optimizer must minimise with sharpness, got maximize=True")
+
     def _default_rho(self, group: dict[str, Any]) -> None:
+        self._check_group(group)
         if self.sharpness is not None:
             group.setdefault("rho", self.sharpness.rho)
-            if group.get("maximize"):
-                raise ValueError("base_optimizer must minimise with sharpness, got maximize=True")
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -217,6 +222,8 @@ class MultiTaskOptimizer(Optimizer):
         """
         own = state_dict.get("flatmtl", {})
         base = {key: value for key, value in state_dict.items() if key != "flatmtl"}
+        for group in base.get("param_groups", ()):
+            self._check_group(group)
         weightings = {"weighting": self.weighting, "flat_weighting": self.flat_weighting}
         before = {name: w.state_dict() for name, w in weightings.items() if w is not None}
         try:
@@ -310,21 +317,15 @@ class MultiTaskOptimizer(Optimizer):
 
         Returns:
             "finite": whether each task's gradients were, by name; "loss" and, with sharpness, "flat":
-            the ``SolveStatus`` of each aggregation.
+            the ``SolveStatus`` of each aggregation that it came to.
 
         Raises:
             RuntimeError: there was no step yet.
         """
         if self._finite is None or self._roles is None:
             raise RuntimeError("there was no step yet: no status")
-        result: dict[str, Any] = {
-            "finite": dict(zip(self._roles.tasks, self._finite.tolist(), strict=True))
-        }
-        if self._roles.shared is not None:
-            result["loss"] = self.weighting.last_status()
-            if self.flat_weighting is not None and self._flat_steps:
-                result["flat"] = self.flat_weighting.last_status()
-        return result
+        finite = dict(zip(self._roles.tasks, self._finite.tolist(), strict=True))
+        return {"finite": finite, **self._statuses}
 
     def _radii(self) -> dict[int, float]:
         """id(parameter) -> rho; empty without sharpness."""
@@ -338,6 +339,7 @@ class MultiTaskOptimizer(Optimizer):
         return radii
 
     def _capture(self, losses: TaskLosses) -> tuple[Roles, Captured]:
+        self._statuses = {}
         params = [p for p in self._all_params() if p.requires_grad]
         if not params:
             raise ValueError("params must hold at least one that requires grad, got none")
@@ -375,7 +377,10 @@ class MultiTaskOptimizer(Optimizer):
     def _weights(self, weighting: Weighting, gram: Tensor, finite: Tensor) -> Tensor:
         """gram [T, T] -> weights [T]; a task that is not finite anywhere counts as without gradient."""
         both = finite.unsqueeze(1) & finite.unsqueeze(0)
-        return weighting(torch.where(both, gram, torch.zeros_like(gram)))
+        weights = weighting(torch.where(both, gram, torch.zeros_like(gram)))
+        name = "loss" if weighting is self.weighting else "flat"
+        self._statuses[name] = weighting.last_status()
+        return weights
 
     def _plain_gradients(self, losses: TaskLosses) -> None:
         roles, captured = self._capture(losses)

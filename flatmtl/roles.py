@@ -68,9 +68,7 @@ class Roles:
         self._named = None if named is None else {id(p) for p in named}
         self._label = label
         self._reach: list[set[int]] = [set() for _ in params]
-        self._new: list[
-            tuple[int, int]
-        ] = []  # (parameter, task) reached for the first time, this pass
+        self._new: dict[int, set[int]] = {}  # parameter -> tasks that first reached it this pass
         self.shared: Block | None = None
         self.own: dict[int, Block] = {}
         self.shared_index: list[int] = []
@@ -93,7 +91,7 @@ class Roles:
         for k, grad in enumerate(grads):
             if grad is None or task in self._reach[k]:
                 continue
-            before = self._reach[k] - {t for j, t in self._new if j == k}
+            before = self._reach[k] - self._new.get(k, set())
             if self.settled and before and not self._is_shared(k):
                 raise ValueError(
                     f"{self._label(self.params[k])} must keep one role: it belonged to task "
@@ -106,15 +104,15 @@ class Roles:
                 )
             fresh = fresh or not before
             self._reach[k].add(task)
-            self._new.append((k, task))
+            self._new.setdefault(k, set()).add(task)
         return fresh
 
     def end_pass(self, *, keep: bool) -> None:
         """Keeps what ``note`` has noted since the last call, or forgets it (the pass has failed)."""
         if not keep:
-            for k, task in self._new:
-                self._reach[k].discard(task)
-        self._new = []
+            for k, tasks in self._new.items():
+                self._reach[k] -= tasks
+        self._new = {}
 
     def settle(self) -> None:
         """Gives every reached parameter its role and lays out the blocks.

@@ -1,5 +1,8 @@
 """What an optimizer must not do quietly: stale gradients, lost roles, half-failed steps."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -146,22 +149,56 @@ def test_a_state_that_does_not_fit_changes_nothing(rng):
 
 
 def test_every_block_is_restored_though_one_cannot_be(rng):
-    a, b = leaves(3, 4)
-    kept = a.detach().clone()
-    opt = make([a, b], flatmtl.SAM(0.5))
+    """The shared block comes first and fails; the own one and the buffers are restored all the same."""
+    a, own = leaves(3, 4)
+    net = nn.BatchNorm1d(2, affine=False).double()
+    opt = make([a, own], flatmtl.SAM(0.5), model=net)
+    kept, statistics = own.detach().clone(), net.running_mean.clone()
     calls = []
 
     def closure():
         calls.append(1)
-        if len(calls) == 3:  # task 1 perturbed: spoil its own parameter, then fail
-            b.data = b.data.float()
+        net(torch.randn(4, 2, dtype=torch.float64))
+        if len(calls) == 3:  # task 1 perturbed: spoil the shared parameter, then fail
+            a.data = a.data.float()
             raise KeyError("mine")
-        return [a.square().sum(), (a.sum() + b.double().square().sum())]
+        return [a.square().sum(), a.sum() + own.square().sum()]
 
     with pytest.raises(RuntimeError) as failure:
         opt.step(closure)
     assert isinstance(failure.value.__context__, KeyError)
-    assert torch.equal(a, kept)
+    assert torch.equal(own, kept)
+    assert torch.equal(net.running_mean, statistics)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_the_clean_graphs_are_gone_before_the_perturbed_passes(swap, rng):
+    """From the second step on too: they would live through T more forward passes."""
+    (a,) = leaves(3)
+    opt = make([a], flatmtl.SAM(0.05))
+    alive = weakref.WeakSet()
+    seen = []
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.token = type("Token", (), {})()
+            alive.add(ctx.token)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    def closure(tasks=("x", "y", "z")):
+        gc.collect()
+        seen.append(len(alive))
+        names = list(reversed(tasks)) if swap and len(seen) > 4 else tasks
+        return {name: Keep.apply(a).square().sum() for name in names}
+
+    for _ in range(2):
+        opt.step(closure)
+    assert seen == [0] * 8
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ is loaded, and plain torch (``flatmtl.ops.reference``) elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -415,8 +416,8 @@ def solve_mgda(gram: Tensor, ridge: float | None = None) -> tuple[Tensor, Tensor
     square = _check.gram("gram", gram)
     if ridge is None:
         ridge = 1e-10 if square.dtype == torch.float64 else 1e-6
-    if not ridge >= 0:
-        raise ValueError(f"ridge must be at least 0, got {ridge}")
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge must be finite and at least 0, got {ridge}")
     weights, status, residual = _ops.solve_mgda.default(_batched(square), float(ridge))
     if square.dim() == 2:
         return weights[0], status[0], residual[0]
