@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -47,8 +48,16 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
-def wanted_nvcc() -> Path | None:
-    """The nvcc to build with, or None to leave CUDA out; FLATMTL_CUDA decides."""
+class Toolkit(NamedTuple):
+    """A CUDA toolkit, as its nvcc describes it."""
+
+    nvcc: Path
+    version: str  # as in "13.0"
+    libraries: Path  # where the static CUDA runtime lies
+
+
+def wanted_toolkit() -> Toolkit | None:
+    """The toolkit to build with, or None to leave CUDA out; FLATMTL_CUDA decides."""
     choice = os.environ.get("FLATMTL_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         sys.exit(f"FLATMTL_CUDA must be 0, 1 or auto, got {choice!r}")
@@ -58,30 +67,25 @@ def wanted_nvcc() -> Path | None:
     if nvcc is None:
         return None
     try:
-        if tuple(map(int, cuda_version(nvcc).split("."))) < (12, 8):
-            raise RuntimeError(f"CUDA 12.8 or later is needed, {nvcc} is {cuda_version(nvcc)}")
-        cuda_library_dir(nvcc)
+        return read_toolkit(nvcc)
     except (RuntimeError, subprocess.CalledProcessError) as problem:
         if choice == "1":
             sys.exit(f"FLATMTL_CUDA=1: {problem}")
         print(f"flatmtl: built without CUDA: {problem}", file=sys.stderr)
         return None
-    return nvcc
 
 
-def cuda_version(nvcc: Path) -> str:
-    """The toolkit's release, as in "13.0"."""
+def read_toolkit(nvcc: Path) -> Toolkit:
+    """Asks nvcc, which may be a wrapper on the PATH, for its release and its place."""
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-    return text.split("release ")[1].split(",")[0]
-
-
-def cuda_library_dir(nvcc: Path) -> Path:
-    """Where the static CUDA runtime lies; nvcc itself says (it may be a wrapper on the PATH)."""
+    version = text.split("release ")[1].split(",")[0]
+    if tuple(map(int, version.split("."))) < (12, 8):
+        raise RuntimeError(f"CUDA 12.8 or later is needed, {nvcc} is {version}")
     dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     top = next((ln.split("=", 1)[1] for ln in dry.splitlines() if ln.startswith("#$ TOP=")), "?")
     for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
         if (Path(top) / folder / "libcudart_static.a").exists():
-            return (Path(top) / folder).resolve()
+            return Toolkit(nvcc, version, (Path(top) / folder).resolve())
     raise RuntimeError(f"{nvcc} is there, but no libcudart_static.a in its toolkit {top}")
 
 
@@ -104,9 +108,9 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     torch_dir = Path(torch.__file__).parent
     torch_include = f"-isystem {torch_dir}/include"
     torch_link = f"-L{torch_dir}/lib -Wl,--no-as-needed -ltorch_cpu"
-    nvcc = wanted_nvcc()
-    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS) if nvcc else ""
-    info = {"TORCH": torch.__version__, "CUDA": cuda_version(nvcc) if nvcc else "", "ARCHS": archs}
+    cuda = wanted_toolkit()
+    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS) if cuda else ""
+    info = {"TORCH": torch.__version__, "CUDA": cuda.version if cuda else "", "ARCHS": archs}
     defines = " ".join(f"-DFLATMTL_BUILD_{k}='\"{v}\"'" for k, v in info.items())
     python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
     cxx = " ".join(CXX)
@@ -132,9 +136,9 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     lines.append(f"build {out}/libflatmtl_cpu.so: link {cpu}\n  libs = {torch_link}")
     module = compile_all("core", "*.cpp", "cxx", f"{python} {defines}")
     lines.append(f"build {core}: link {module}\n  libs = -Wl,--unresolved-symbols=ignore-all")
-    if nvcc:
+    if cuda:
         lines += [
-            f"rule nvcc\n  command = {nvcc} -ccbin {host} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
+            f"rule nvcc\n  command = {cuda.nvcc} -ccbin {host} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
             " -Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden -Xptxas -v"
             f" --compress-mode=size {gencode(archs)} $flags -c $in -o $out"
             " 2> $out.log || (cat $out.log >&2; false)\n  depfile = $out.d\n  deps = gcc",
@@ -145,7 +149,7 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
         lines.append(
             f"build {out}/libflatmtl_cuda.so: link {objects} | {build}/stub/libtorch_cuda.so\n"
             f"  libs = {torch_link} -L{build}/stub -ltorch_cuda -Wl,--as-needed,--exclude-libs,ALL"
-            f" -L{cuda_library_dir(nvcc)} -lcudart_static -ldl -lrt -lpthread"
+            f" -L{cuda.libraries} -lcudart_static -ldl -lrt -lpthread"
         )
     return "\n".join(lines) + "\n"
 

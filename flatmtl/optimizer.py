@@ -120,7 +120,7 @@ class MultiTaskOptimizer(Optimizer):
         self._before = BufferKeeper(self.model)  # as they were before the step
         self._clean = BufferKeeper(self.model)  # as the clean pass left them
         self._watch = NonfiniteWatch()
-        self._flat_steps = 0
+        self._watched = False  # a perturbed pass has been watched for running statistics
         self._pending = False  # backward() has run and step() has not
         self._finite: Tensor | None = None
         self._statuses: dict[str, SolveStatus] = {}  # of the last step's aggregations
@@ -350,12 +350,7 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError(
                 f"losses must be of the tasks {roles.tasks}, as before, got {losses.names}"
             )
-        changed = roles is None or len(params) != len(roles.params)
-        if (
-            roles is None
-            or changed
-            or any(a is not b for a, b in zip(params, roles.params, strict=True))
-        ):
+        if roles is None or list(map(id, params)) != list(map(id, roles.params)):
             roles = Roles(params, losses.names, self._shared, self._label)
         captured = capture(losses, roles, params[0].device)
         self._roles = roles  # only once its roles held
@@ -410,7 +405,7 @@ class MultiTaskOptimizer(Optimizer):
         blocks = [b for b in (roles.shared, *roles.own.values()) if b is not None]
         for block in blocks:
             block.save()
-        watching = self.model is None and self._flat_steps == 0
+        watching = self.model is None and not self._watched
         perturbed_sq: list[list[Tensor]] = []
         try:
             with watch_for_running_statistics(watching):
@@ -425,7 +420,7 @@ class MultiTaskOptimizer(Optimizer):
                         roles.own[task].restore()
         finally:
             _restore_all([*blocks, self._clean])
-        self._flat_steps += 1
+        self._watched = True
         for task, norms in enumerate(perturbed_sq):
             for sq in norms:
                 finite[task] &= sq.to(finite.device).isfinite()
@@ -470,9 +465,8 @@ class MultiTaskOptimizer(Optimizer):
     ) -> None:
         """.grad of every reached parameter <- a view; of the others <- None."""
         reached = {id(roles.params[k]) for k in captured.reached}
-        for (
-            param
-        ) in self._all_params():  # frozen ones too: a gradient of earlier must not move them
+        # Frozen parameters too: a gradient of earlier must not move them.
+        for param in self._all_params():
             if id(param) not in reached:
                 param.grad = None
 

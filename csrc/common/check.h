@@ -101,4 +101,31 @@ inline void check_segments(const char* name, const std::vector<Tensor>& tensors,
   }
 }
 
+// The row [P] that a weighted sum of jac's rows goes to.
+inline void check_out_row(const Tensor& out, const Tensor& jac) {
+  check_flat("out", out);
+  check_like("out", out, "jac", jac);
+  STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
+                  out.size(0));
+}
+
+// perturb_'s operands.
+inline void check_perturb(const std::vector<Tensor>& params, const Tensor& saved, const Tensor& row,
+                          const Tensor& sq_norm, const std::vector<int64_t>& offsets,
+                          const std::vector<double>& rho) {
+  check_flat("row", row);
+  check_same_flat("saved", saved, "row", row);
+  check_segments("params", params, offsets, row);
+  check_small("sq_norm", sq_norm, ScalarType::Double, row, {});
+  STD_TORCH_CHECK(rho.size() == params.size(), "rho must have one entry for each of params (",
+                  params.size(), "), got ", rho.size());
+}
+
+// A batch of Gram matrices, [B, T, T].
+inline void check_batch(const Tensor& gram) {
+  STD_TORCH_CHECK(gram.dim() == 3, "gram must have 3 dimensions [B, T, T], got ", gram.dim());
+  STD_TORCH_CHECK(gram.size(1) >= 1, "gram must hold matrices of at least one task");
+  check_small("gram", gram, ScalarType::Double, gram, {gram.size(0), gram.size(1), gram.size(1)});
+}
+
 }  // namespace flatmtl

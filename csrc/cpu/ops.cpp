@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/operands.h"
 #include "kernels.h"
 
 namespace flatmtl::cpu {
@@ -74,8 +75,7 @@ void run(const Chunks& chunks, int64_t work, const F& f) {
 }
 
 Tensor doubles(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  const std::vector<int64_t> shape(sizes);
-  return stable::new_empty(like, shape, ScalarType::Double);
+  return fresh(like, sizes, ScalarType::Double);
 }
 
 // ---------------------------------------------------------------- sums over columns
@@ -186,10 +186,7 @@ void combine_rows(const Tensor& jac, const double* a, Rows sam, const double* b,
 void combine(const Tensor& jac, const Tensor& weights, const Tensor& out) {
   check_rows("jac", jac);
   check_small("weights", weights, ScalarType::Double, jac, {jac.size(0)});
-  check_flat("out", out);
-  check_like("out", out, "jac", jac);
-  STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
-                  out.size(0));
+  check_out_row(out, jac);
   combine_rows(jac, small(weights), Rows{nullptr, 0}, nullptr, out);
 }
 
@@ -199,10 +196,7 @@ void combine_flat(const Tensor& jac, const Tensor& a, const Tensor& sam, const T
   check_same_rows("sam", sam, "jac", jac);
   check_small("a", a, ScalarType::Double, jac, {jac.size(0)});
   check_small("b", b, ScalarType::Double, jac, {jac.size(0)});
-  check_flat("out", out);
-  check_like("out", out, "jac", jac);
-  STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
-                  out.size(0));
+  check_out_row(out, jac);
   combine_rows(jac, small(a), rows_of(sam), small(b), out);
 }
 
@@ -241,57 +235,36 @@ Tensor affinity(const Tensor& gram, const Tensor& losses, double lr) {
 
 // ---------------------------------------------------------------- segments of a flat row
 
-// The pointer table of a tensor list; empty tensors are left out, so that segments are ascending.
-struct Table {
-  std::vector<void*> data;
-  std::vector<int64_t> offset, numel, index;
-
-  Table(const std::vector<Tensor>& tensors, const std::vector<int64_t>& offsets) {
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      const int64_t n = tensors[k].numel();
-      if (n == 0) continue;
-      data.push_back(tensors[k].data_ptr());
-      offset.push_back(offsets[k]);
-      numel.push_back(n);
-      index.push_back(static_cast<int64_t>(k));
-    }
-  }
-  Segments view() const {
-    return {data.data(), offset.data(), numel.data(), static_cast<int64_t>(data.size())};
-  }
-};
+Segments view(const SegmentTable& table) {
+  return {table.data.data(), table.offset.data(), table.numel.data(), table.size()};
+}
 
 Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
                  const std::vector<int64_t>& offsets) {
   check_flat("row", row);
   check_segments("grads", grads, offsets, row);
-  const Table table(grads, offsets);
+  const SegmentTable table(grads, offsets);
   const Row type = row_of(row);
   void* to = row.mutable_data_ptr();
   return sum_chunks(row, [&](int64_t begin, int64_t end) {
-    return kernels().pack(type, table.view(), to, begin, end);
+    return kernels().pack(type, view(table), to, begin, end);
   });
 }
 
 void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tensor& row,
               const Tensor& sq_norm, const std::vector<int64_t>& offsets,
               const std::vector<double>& rho, bool adaptive, double eta) {
-  check_flat("row", row);
-  check_same_flat("saved", saved, "row", row);
-  check_segments("params", params, offsets, row);
-  check_small("sq_norm", sq_norm, ScalarType::Double, row, {});
-  STD_TORCH_CHECK(rho.size() == params.size(), "rho must have one entry for each of params (",
-                  params.size(), "), got ", rho.size());
-  const Table table(params, offsets);
+  check_perturb(params, saved, row, sq_norm, offsets, rho);
+  const SegmentTable table(params, offsets);
   const double norm2 = *small(sq_norm);
   const double inverse = norm2 > 0 && std::isfinite(norm2) ? 1.0 / std::sqrt(norm2) : 0.0;
-  std::vector<double> scale;
-  for (const int64_t k : table.index) scale.push_back(rho[static_cast<size_t>(k)] * inverse);
+  std::vector<double> scale = table.select(rho);
+  for (double& s : scale) s *= inverse;
   const Row type = row_of(row);
   const void *theta = saved.const_data_ptr(), *grad = row.const_data_ptr();
   const Chunks chunks = cut(row.size(0), 16384, INT64_MAX / 2);
   run(chunks, chunks.size, [&](int64_t first, int64_t last) {
-    kernels().perturb(type, table.view(), theta, grad, scale.data(), adaptive, eta,
+    kernels().perturb(type, view(table), theta, grad, scale.data(), adaptive, eta,
                       chunks.begin(first), chunks.end(last - 1));
   });
 }
@@ -300,12 +273,12 @@ void restore_(const std::vector<Tensor>& params, const Tensor& saved,
               const std::vector<int64_t>& offsets) {
   check_flat("saved", saved);
   check_segments("params", params, offsets, saved);
-  const Table table(params, offsets);
+  const SegmentTable table(params, offsets);
   const Row type = row_of(saved);
   const void* theta = saved.const_data_ptr();
   const Chunks chunks = cut(saved.size(0), 16384, INT64_MAX / 2);
   run(chunks, chunks.size, [&](int64_t first, int64_t last) {
-    kernels().restore(type, table.view(), theta, chunks.begin(first), chunks.end(last - 1));
+    kernels().restore(type, view(table), theta, chunks.begin(first), chunks.end(last - 1));
   });
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/operands.h"
 #include "../solvers/mgda.h"
 #include "../solvers/order.h"
 #include "../solvers/pcgrad.h"
@@ -17,19 +18,9 @@ namespace {
 
 namespace stable = torch::stable;
 
-Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  const std::vector<int64_t> shape(sizes);
-  return stable::new_empty(like, shape, type);
-}
-
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
-}
-
-void check_batch(const Tensor& gram) {
-  STD_TORCH_CHECK(gram.dim() == 3, "gram must have 3 dimensions [B, T, T], got ", gram.dim());
-  check_small("gram", gram, ScalarType::Double, gram, {gram.size(0), gram.size(1), gram.size(1)});
 }
 
 // f(b, work) for every problem. Problems of a size worth a thread are shared out.

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/operands.h"
 #include "../kernels/vec.cuh"
 
 namespace flatmtl::cuda {
@@ -36,13 +37,6 @@ class OnDeviceOf {
   stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
-
-// Uninitialised, on the device of `like`. The caching allocator ties it to the current stream, so
-// scratch may be dropped as soon as its last kernel is launched.
-inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  const std::vector<int64_t> shape(sizes);
-  return stable::new_empty(like, shape, type);
-}
 
 inline Tensor scratch(const Tensor& like, int64_t doubles) {
   return fresh(like, {doubles}, ScalarType::Double);

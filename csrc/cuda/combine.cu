@@ -7,13 +7,6 @@
 namespace flatmtl::cuda {
 namespace {
 
-void check_out_row(const Tensor& out, const Tensor& jac) {
-  check_flat("out", out);
-  check_like("out", out, "jac", jac);
-  STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
-                  out.size(0));
-}
-
 void combine(const Tensor& jac, const Tensor& weights, const Tensor& result) {
   check_rows("jac", jac);
   check_small("weights", weights, ScalarType::Double, jac, {jac.size(0)});

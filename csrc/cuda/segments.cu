@@ -6,31 +6,11 @@
 namespace flatmtl::cuda {
 namespace {
 
-// The pointer table of a tensor list; empty tensors are left out.
-struct HostTable {
-  std::vector<void*> data;
-  std::vector<int64_t> offset, numel;
-  std::vector<double> rho;  // empty where none was given
-
-  HostTable(const std::vector<Tensor>& tensors, const std::vector<int64_t>& offsets,
-            const std::vector<double>& rhos) {
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      const int64_t n = tensors[k].numel();
-      if (n == 0) continue;
-      data.push_back(tensors[k].data_ptr());
-      offset.push_back(offsets[k]);
-      numel.push_back(n);
-      if (!rhos.empty()) rho.push_back(rhos[k]);
-    }
-  }
-  int64_t size() const { return static_cast<int64_t>(data.size()); }
-};
-
 Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
                  const std::vector<int64_t>& offsets) {
   check_flat("row", row);
   check_segments("grads", grads, offsets, row);
-  const HostTable table(grads, offsets, {});
+  const SegmentTable table(grads, offsets);
   const int64_t columns = row.size(0);
   const OnDeviceOf device(row);
   const Tensor partials = scratch(row, kernels::pack_row_partials(table.size(), columns));
@@ -47,18 +27,14 @@ Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
 void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tensor& row,
               const Tensor& sq_norm, const std::vector<int64_t>& offsets,
               const std::vector<double>& rho, bool adaptive, double eta) {
-  check_flat("row", row);
-  check_same_flat("saved", saved, "row", row);
-  check_segments("params", params, offsets, row);
-  check_small("sq_norm", sq_norm, ScalarType::Double, row, {});
-  STD_TORCH_CHECK(rho.size() == params.size(), "rho must have one entry for each of params (",
-                  params.size(), "), got ", rho.size());
-  const HostTable table(params, offsets, rho);
+  check_perturb(params, saved, row, sq_norm, offsets, rho);
+  const SegmentTable table(params, offsets);
+  const std::vector<double> radii = table.select(rho);
   const OnDeviceOf device(row);
   STD_CUDA_CHECK(with_row_type(row, [&](auto zero) {
     using T = decltype(zero);
     return kernels::perturb<T>(table.data.data(), table.offset.data(), table.numel.data(),
-                               table.rho.data(), table.size(), in<T>(saved), in<T>(row),
+                               radii.data(), table.size(), in<T>(saved), in<T>(row),
                                in<double>(sq_norm), row.size(0), adaptive, eta, device.stream());
   }));
 }
@@ -67,7 +43,7 @@ void restore_(const std::vector<Tensor>& params, const Tensor& saved,
               const std::vector<int64_t>& offsets) {
   check_flat("saved", saved);
   check_segments("params", params, offsets, saved);
-  const HostTable table(params, offsets, {});
+  const SegmentTable table(params, offsets);
   const OnDeviceOf device(saved);
   STD_CUDA_CHECK(with_row_type(saved, [&](auto zero) {
     using T = decltype(zero);

@@ -6,12 +6,6 @@
 namespace flatmtl::cuda {
 namespace {
 
-void check_batch(const Tensor& gram) {
-  STD_TORCH_CHECK(gram.dim() == 3, "gram must have 3 dimensions [B, T, T], got ", gram.dim());
-  STD_TORCH_CHECK(gram.size(1) >= 1, "gram must hold matrices of at least one task");
-  check_small("gram", gram, ScalarType::Double, gram, {gram.size(0), gram.size(1), gram.size(1)});
-}
-
 Tensor draw_order_(const Tensor& rng, int64_t tasks, int64_t batch) {
   check_small("rng", rng, ScalarType::Long, rng, {2});
   STD_TORCH_CHECK(tasks >= 1 && batch >= 1, "tasks and batch must be at least 1, got ", tasks,
@@ -23,8 +17,8 @@ Tensor draw_order_(const Tensor& rng, int64_t tasks, int64_t batch) {
   return order;
 }
 
-// The numbers in `order` are on the device and cannot be checked without waiting for it: the Python
-// wrapper and draw_order_ vouch for them.
+// The numbers in `order` are on the device and cannot be checked without waiting for it: the solver
+// passes over one that is no task.
 std::tuple<Tensor, Tensor, Tensor> solve_pcgrad(const Tensor& gram, const Tensor& order) {
   check_batch(gram);
   const int64_t batch = gram.size(0), tasks = gram.size(1);
