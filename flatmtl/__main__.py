@@ -1,4 +1,4 @@
-"""``python -m flatmtl``: what was built, and the demo."""
+"""``python -m flatmtl``: what was built, the methods, and the demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 import flatmtl
 from flatmtl.ops import OPERATORS, _library
+from flatmtl.weighting import methods as all_methods
 
 
 def _build_info() -> dict[str, str]:
@@ -67,6 +68,22 @@ def info() -> int:
     return 0
 
 
+def methods() -> int:
+    """Prints the weighting methods: name, class, needs, state, year, arXiv number and paper."""
+    header = ("name", "class", "needs", "state", "year", "arXiv", "paper")
+    rows = [
+        (m.name, m.cls.__name__, m.needs, m.state or "-", str(m.year), m.arxiv or "-", m.paper)
+        for m in all_methods()
+    ]
+    widths = [max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        '\nflatmtl.weighting.by_name("pcgrad", seed=3) makes one; its class says what the options mean.'
+    )
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     from flatmtl.demo import run as demo
@@ -74,11 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flatmtl",
         description="flatmtl: multi-task learning with per-task gradients.",
+        epilog="In a program: flatmtl.MultiTaskOptimizer(base_optimizer, "
+        'weighting=flatmtl.weighting.by_name("pcgrad")); see help(flatmtl.MultiTaskOptimizer).',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
         "info",
         help="versions, the build, devices, and which body (cpu, cuda, reference) each operator uses",
+    )
+    commands.add_parser(
+        "methods",
+        help="the weighting methods: what each needs and keeps, and the paper it is from",
     )
     demo.add_arguments(
         commands.add_parser(
@@ -86,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     args = parser.parse_args(argv)
-    return info() if args.command == "info" else demo.main(args)
+    if args.command == "info":
+        return info()
+    return methods() if args.command == "methods" else demo.main(args)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@
 #include <random>
 #include <vector>
 
-#include "mgda.h"
+#include "normal.h"
 #include "order.h"
-#include "pcgrad.h"
 #include "philox.h"
+#include "solver_methods.h"
 #include "team.h"
 
 namespace {
@@ -103,23 +103,28 @@ void with_team(uint64_t seed, F f) {
 
 extern "C" {
 
-// Return: 1 if the scratch stayed within its size.
-int run_pcgrad(uint64_t seed, const double* gram, const int64_t* order, int64_t tasks,
-               double* weights, double* coefficients, int64_t* status) {
-  Scratch work(flatmtl::pcgrad_work(tasks));
-  with_team(seed, [&](auto& team) {
-    flatmtl::pcgrad(team, gram, order, tasks, work.data(), weights, coefficients, status);
+// One problem after the other. Return: 1 if the scratch stayed within its size.
+int run_method(uint64_t seed, int number, const double* gram, int64_t batch, int64_t tasks,
+               const double* option, const int64_t* order, const double* preference, double* state,
+               double* weights, int64_t* status, double* residual) {
+  bool intact = true;
+  with_method(number, {option, order, preference, state}, [&](const auto& method) {
+    using Method = std::decay_t<decltype(method)>;
+    for (int64_t b = 0; b < batch; ++b) {
+      Scratch work(Method::work(tasks));
+      const flatmtl::Problem p{
+          gram + b * tasks * tasks, tasks, weights + b * tasks, status + b, residual + b, b};
+      with_team(seed, [&](auto& team) { method(team, p, work.data()); });
+      intact = intact && work.intact();
+    }
   });
-  return work.intact();
+  return intact;
 }
 
-int run_mgda(uint64_t seed, const double* gram, int64_t tasks, double ridge, double* weights,
-             int64_t* status, double* residual) {
-  Scratch work(flatmtl::mgda_work(tasks));
-  with_team(seed, [&](auto& team) {
-    flatmtl::mgda(team, gram, tasks, ridge, work.data(), weights, status, residual);
-  });
-  return work.intact();
+void run_draw_normal(uint64_t team_seed, uint64_t seed, uint64_t step, int64_t batch_index,
+                     int64_t tasks, double* out) {
+  with_team(team_seed,
+            [&](auto& team) { flatmtl::draw_normal(team, seed, step, batch_index, tasks, out); });
 }
 
 void run_draw_order(uint64_t team_seed, uint64_t seed, uint64_t step, int64_t batch_index,

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from solver_cases import CASES, NAMES, Run
 
 ROOT = Path(__file__).resolve().parent
 CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
@@ -55,6 +56,7 @@ def built(tmp_path_factory):
         "-shared",
         "-fPIC",
         f"-I{ROOT}/cuda_emulation",
+        f"-I{ROOT.parent}/csrc/solvers",
     ]
     done = subprocess.run([*command, *sources, "-o", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -674,84 +676,64 @@ def grams(rng, batch, tasks):
     return out
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9, 17, 40, 64, 65])
-def test_solvers_equal_the_serial_team(emu, rng, tasks):
-    batch = 3
-    g = grams(rng, batch, tasks)
-    held = buffer(g.reshape(1, -1))
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9, 17, 40, 64, 80])
+def test_draws_equal_the_serial_team(emu, rng, tasks):
+    batch, size = 3, ctypes.c_int64(tasks)
     state = np.array([rng.integers(1 << 62), 5], np.int64)
     order = buffer(np.full((1, batch * tasks * tasks), -1, np.int64))
-    drawn = state.copy()
-    run(
-        emu.emulated_draw_orders(
-            drawn.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_int64(batch),
-            ctypes.c_int64(tasks),
-            order.address,
-        )
-    )
-    order.check()
-    assert drawn[1] == 6 and drawn[0] == state[0]
+    normal = doubles(np.full(batch * tasks, np.nan))
+    for draw, out in ((emu.emulated_draw_orders, order), (emu.emulated_draw_normals, normal)):
+        drawn = state.copy()
+        to = drawn.ctypes.data_as(ctypes.c_void_p)
+        run(draw(to, ctypes.c_int64(batch), size, out.address))
+        out.check()
+        assert drawn[1] == 6 and drawn[0] == state[0]
     orders = order.view.reshape(batch, tasks, tasks)
     assert (np.sort(orders, -1) == np.arange(tasks)).all()
-
-    w, c = doubles(np.full(batch * tasks, np.nan)), doubles(np.full(batch * tasks * tasks, np.nan))
-    m, r = doubles(np.full(batch * tasks, np.nan)), doubles(np.full(batch, np.nan))
-    status, mgda_status = (buffer(np.full(batch, -1, np.int64)) for _ in range(2))
-    size = ctypes.c_int64(tasks)
-    run(
-        emu.emulated_solve_pcgrad(
-            held.address,
-            order.address,
-            ctypes.c_int64(batch),
-            size,
-            w.address,
-            c.address,
-            status.address,
-        )
-    )
-    run(
-        emu.emulated_solve_mgda(
-            held.address,
-            ctypes.c_int64(batch),
-            size,
-            ctypes.c_double(1e-9),
-            m.address,
-            mgda_status.address,
-            r.address,
-        )
-    )
-    for held_out in (w, c, m, r, status, mgda_status):
-        held_out.check()
-
     for b in range(batch):
-        one = buffer(g[b].reshape(1, -1))
-        expected_order = buffer(np.zeros((1, tasks * tasks), np.int64))
-        emu.serial_draw_order(
-            ctypes.c_uint64(int(state[0])),
-            ctypes.c_uint64(5),
-            ctypes.c_int64(b),
-            size,
-            expected_order.address,
-        )
-        assert np.array_equal(expected_order.view.ravel(), orders[b].ravel())
-        sw, sc, sm, sr = (
-            doubles(np.zeros(tasks)),
-            doubles(np.zeros(tasks * tasks)),
-            doubles(np.zeros(tasks)),
-            doubles([0]),
-        )
-        ss, sms = (buffer(np.zeros(1, np.int64)) for _ in range(2))
-        emu.serial_pcgrad(
-            one.address, expected_order.address, size, sw.address, sc.address, ss.address
-        )
-        emu.serial_mgda(
-            one.address, size, ctypes.c_double(1e-9), sm.address, sms.address, sr.address
-        )
-        # PCGrad has no sums over the team: the same bits. MGDA's norms of rows are such sums.
-        assert np.array_equal(w.view.reshape(batch, tasks)[b], sw.view[0])
-        assert np.array_equal(c.view.reshape(batch, -1)[b], sc.view[0])
-        assert status.view[0, b] == ss.view[0, 0]
-        assert mgda_status.view[0, b] == sms.view[0, 0]
-        assert np.abs(m.view.reshape(batch, tasks)[b] - sm.view[0]).max() <= 1e-9
-        assert abs(r.view[0, b] - sr.view[0, 0]) <= 1e-9
+        expected, numbers = buffer(np.zeros((1, tasks * tasks), np.int64)), doubles(np.zeros(tasks))
+        where = (ctypes.c_uint64(int(state[0])), ctypes.c_uint64(5), ctypes.c_int64(b), size)
+        emu.serial_draw_order(*where, expected.address)
+        emu.serial_draw_normal(*where, numbers.address)
+        assert np.array_equal(expected.view.ravel(), orders[b].ravel())
+        assert np.array_equal(numbers.view[0], normal.view.reshape(batch, tasks)[b])
+
+
+def against_one_thread(library, case, tasks, batch, rng):
+    """A block and one thread: the same, but for the order of the sums over the team."""
+    g = grams(rng, batch, tasks)
+    order = np.stack(
+        [[rng.permutation(tasks) for _ in range(tasks)] for _ in range(batch)]
+    )  # [B, T, T]
+    block, serial = Run(case, g, order, seed=3), Run(case, g, order, seed=3)
+    for calls in range(2 if case.state else 1):  # the second begins with the state of the first
+        run(library.emulated_solve(*block.arguments()))
+        library.serial_solve(*serial.arguments())
+        assert np.array_equal(block.status, serial.status)
+        for name in ("weights", "state"):
+            a, b = block.results()[name], serial.results()[name]
+            if case.sums:
+                size = np.abs(b).max(axis=-1, keepdims=True) if b.size else 1.0
+                assert (np.abs(a - b) <= 1e-8 * size).all(), (name, calls)
+            else:
+                assert np.array_equal(a, b), (name, calls)
+        assert (np.abs(block.residual - serial.residual) <= 1e-9).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 17])
+def test_solvers_equal_the_serial_team(emu, case, tasks, rng):
+    against_one_thread(emu, case, tasks, 2, rng)
+
+
+LARGE = [
+    case for case in CASES if not case.name.startswith("upgrad")
+]  # dualproj is the same kernel
+
+
+@pytest.mark.parametrize("case", LARGE, ids=[case.name for case in LARGE])
+@pytest.mark.parametrize("tasks", [64, 80])  # the most in shared memory; scratch in global memory
+def test_large_solvers_equal_the_serial_team(built, case, tasks, rng):
+    built.emulated_order(2, 7)
+    against_one_thread(built, case, tasks, 1, rng)
+    assert built.emulated_error() == b""

@@ -16,6 +16,7 @@ import numpy as np
 import oracles
 import pytest
 from problems import FAMILIES, family
+from solver_cases import CASES, NAMES, Case, Run
 
 HERE = Path(__file__).parent
 HEADERS = HERE.parent / "csrc" / "solvers"
@@ -33,13 +34,21 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("team") / "solver_team.so"
     # no contraction: both teams must round alike to be compared to the bit
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    command = [compiler, *flags, "-shared", "-fPIC", f"-I{HEADERS}", str(HERE / "solver_team.cpp")]
+    command = [
+        compiler,
+        *flags,
+        "-shared",
+        "-fPIC",
+        f"-I{HEADERS}",
+        f"-I{HERE}",
+        str(HERE / "solver_team.cpp"),
+    ]
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lib = ctypes.CDLL(str(target))
     u64, i64, f64 = ctypes.c_uint64, ctypes.c_int64, ctypes.c_double
-    lib.run_pcgrad.argtypes = [u64, F64, I64, i64, F64, F64, I64]
-    lib.run_mgda.argtypes = [u64, F64, i64, f64, F64, I64, F64]
+    lib.run_draw_normal.argtypes = [u64, u64, u64, i64, i64, F64]
+    lib.run_draw_normal.restype = None
     lib.run_draw_order.argtypes = [u64, u64, u64, i64, i64, I64]
     lib.run_draw_order.restype = None
     lib.run_philox.argtypes = [u64, U32, U32]
@@ -56,20 +65,16 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-def pcgrad(library, team: int, gram: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
-    tasks = len(gram)
-    weights, k = np.full(tasks, np.nan), np.full((tasks, tasks), np.nan)
-    status = np.full(1, -1, dtype=np.int64)
-    assert library.run_pcgrad(team, gram, order, tasks, weights, k, status), "scratch overrun"
-    return [weights, k, status]
+def solve(library, team: int, case: Case, gram: np.ndarray, order: np.ndarray) -> Run:
+    """gram [T, T]"""
+    run = Run(case, gram[None], order[None], seed=7)
+    assert library.run_method(ctypes.c_uint64(team), *run.arguments()), "scratch overrun"
+    return run
 
 
-def mgda(library, team: int, gram: np.ndarray, ridge: float) -> list[np.ndarray]:
-    tasks = len(gram)
-    weights, residual = np.full(tasks, np.nan), np.full(1, np.nan)
-    status = np.full(1, -1, dtype=np.int64)
-    assert library.run_mgda(team, gram, tasks, ridge, weights, status, residual), "scratch overrun"
-    return [weights, status, residual]
+def assert_same_bits(a: Run, b: Run, what: object) -> None:
+    for name, value in a.results().items():
+        assert same_bits(value, b.results()[name]), f"{what}: {name}"
 
 
 def orders(rng: np.random.Generator, tasks: int) -> np.ndarray:
@@ -80,33 +85,39 @@ def problem(rng: np.random.Generator, name: str, tasks: int) -> np.ndarray:
     return oracles.gram(family(rng, name, tasks, tasks + 20))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("tasks", SIZES)
-def test_any_order_of_iterations_gives_the_same_bits(library, name, tasks, rng):
-    gram, order = problem(rng, name, tasks), orders(rng, tasks)
-    serial_p, serial_m = pcgrad(library, 0, gram, order), mgda(library, 0, gram, 1e-10)
-    for team in rng.integers(1, 2**31, 2 if tasks > 40 else 4):
-        for a, b in zip(serial_p, pcgrad(library, int(team), gram, order)):
-            assert same_bits(a, b), f"pcgrad, team {team}"
-        for a, b in zip(serial_m, mgda(library, int(team), gram, 1e-10)):
-            assert same_bits(a, b), f"mgda, team {team}"
+def test_any_order_of_iterations_gives_the_same_bits(library, case, tasks, rng):
+    names = rng.permutation(FAMILIES)[: 2 if tasks > 40 else 4]
+    for name in names:
+        gram, order = problem(rng, str(name), tasks), orders(rng, tasks)
+        serial = solve(library, 0, case, gram, order)
+        for team in rng.integers(1, 2**31, 1 if tasks > 16 else 3):
+            assert_same_bits(serial, solve(library, int(team), case, gram, order), (name, team))
 
 
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_inactive_tasks_in_any_order(library, bad, count, rng):
+def test_inactive_tasks_in_any_order(library, case, bad, count, rng):
     tasks = 5
     gram, order = problem(rng, "iid", tasks), orders(rng, tasks)
     off = rng.permutation(tasks)[:count]
     gram[off], gram[:, off] = bad, bad
-    serial_p, serial_m = pcgrad(library, 0, gram, order), mgda(library, 0, gram, 1e-10)
-    for result in (serial_p, serial_m):
-        assert np.isfinite(result[0]).all() and (result[0][off] == 0).all()
+    serial = solve(library, 0, case, gram, order)
+    if case.name != "scale":  # it scales what it is given
+        assert np.isfinite(serial.weights).all() and (serial.weights[0, off] == 0).all()
+        assert serial.status[0] & 2 and bool(serial.status[0] & 1) == (count == tasks)
     for team in (5, 6, 7):
-        for a, b in zip(serial_p, pcgrad(library, team, gram, order)):
-            assert same_bits(a, b)
-        for a, b in zip(serial_m, mgda(library, team, gram, 1e-10)):
-            assert same_bits(a, b)
+        assert_same_bits(serial, solve(library, team, case, gram, order), team)
+
+
+def test_normal_numbers_in_any_order(library, rng):
+    seed, step = int(rng.integers(0, 2**63)), int(rng.integers(0, 2**40))
+    drawn = [np.full(9, np.nan) for _ in range(2)]
+    for team, out in zip([0, 11], drawn):
+        library.run_draw_normal(team, seed, step, 3, 9, out)
+    assert np.isfinite(drawn[0]).all() and same_bits(drawn[0], drawn[1])
 
 
 @pytest.mark.parametrize("tasks", SIZES)

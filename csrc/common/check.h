@@ -69,7 +69,7 @@ inline void check_same_flat(const char* name, const Tensor& t, const char* other
 
 // Small dense operands of a solve or a sum.
 inline void check_small(const char* name, const Tensor& t, ScalarType type, const Tensor& device_of,
-                        std::initializer_list<int64_t> sizes) {
+                        const std::vector<int64_t>& sizes) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must have scalar type ", static_cast<int>(type),
                   ", got ", static_cast<int>(t.scalar_type()));
   STD_TORCH_CHECK(
@@ -121,11 +121,17 @@ inline void check_perturb(const std::vector<Tensor>& params, const Tensor& saved
                   params.size(), "), got ", rho.size());
 }
 
-// A batch of Gram matrices, [B, T, T].
-inline void check_batch(const Tensor& gram) {
-  STD_TORCH_CHECK(gram.dim() == 3, "gram must have 3 dimensions [B, T, T], got ", gram.dim());
-  STD_TORCH_CHECK(gram.size(1) >= 1, "gram must hold matrices of at least one task");
-  check_small("gram", gram, ScalarType::Double, gram, {gram.size(0), gram.size(1), gram.size(1)});
+// A square matrix [T, T] or a batch of them [B, T, T], float64. Returns T.
+inline int64_t check_square(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, name, " must have shape [T, T] or [B, T, T], got ",
+                  t.dim(), " dimensions");
+  const int64_t n = t.size(t.dim() - 1);
+  STD_TORCH_CHECK(n >= 1 && t.size(t.dim() - 2) == n, name,
+                  " must hold square matrices of at least one task, got ", t.size(t.dim() - 2),
+                  " by ", n);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous(), name,
+                  " must be contiguous float64");
+  return n;
 }
 
 }  // namespace flatmtl

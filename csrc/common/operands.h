@@ -6,18 +6,32 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <vector>
 
 namespace flatmtl {
 
-// Uninitialised, on the device of `like`. On CUDA the caching allocator ties it to the current
-// stream, so that scratch may be dropped as soon as its last kernel is launched.
+// Uninitialised and contiguous, on the device of `like`. On CUDA the caching allocator ties it to
+// the current stream, so that scratch may be dropped as soon as its last kernel is launched. By the
+// direct call: through the dispatcher an allocation costs as long as a small solve.
 inline torch::stable::Tensor fresh(const torch::stable::Tensor& like,
-                                   std::initializer_list<int64_t> sizes,
+                                   const std::vector<int64_t>& sizes,
                                    torch::headeronly::ScalarType type) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::new_empty(like, shape, type);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+      like.get_device_index(), &made));
+  return torch::stable::Tensor(made);
+}
+
+template <class T>
+T* data(const torch::stable::Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
 }
 
 // The pointer table of a tensor list; empty tensors are left out, so that segments are ascending.

@@ -4,24 +4,18 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
-#include "../common/operands.h"
-#include "../solvers/mgda.h"
+#include "../common/methods.h"
+#include "../solvers/normal.h"
 #include "../solvers/order.h"
-#include "../solvers/pcgrad.h"
 
 namespace flatmtl::cpu {
 namespace {
 
 namespace stable = torch::stable;
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
 
 // f(b, work) for every problem. Problems of a size worth a thread are shared out.
 template <class F>
@@ -38,62 +32,72 @@ void each_problem(int64_t batch, int64_t tasks, int64_t work_size, const F& f) {
   }
 }
 
-Tensor draw_order_(const Tensor& rng, int64_t tasks, int64_t batch) {
-  check_small("rng", rng, ScalarType::Long, rng, {2});
-  STD_TORCH_CHECK(tasks >= 1 && batch >= 1, "tasks and batch must be at least 1, got ", tasks,
-                  " and ", batch);
-  Tensor order = fresh(rng, {batch, tasks, tasks}, ScalarType::Long);
-  int64_t* state = data<int64_t>(rng);
-  const uint64_t seed = static_cast<uint64_t>(state[0]), step = static_cast<uint64_t>(state[1]);
-  int64_t* to = data<int64_t>(order);
-  each_problem(batch, tasks, 0, [&](int64_t b, double*) {
-    SerialTeam team;
-    draw_order(team, seed, step, b, tasks, to + b * tasks * tasks);
-  });
-  state[1] += 1;
-  return order;
-}
+struct Backend {
+  template <class Method>
+  static Solved solve(const Tensor& gram, const Method& method, bool certified) {
+    const int64_t tasks = check_square("gram", gram);
+    const int64_t batch = batch_of(gram);
+    Solved s;
+    s.weights = fresh(gram, batch_shape(gram, {tasks}), ScalarType::Double);
+    s.status = fresh(gram, batch_shape(gram, {}), ScalarType::Long);
+    if (certified) s.residual = fresh(gram, batch_shape(gram, {}), ScalarType::Double);
+    const double* from = data<double>(gram);
+    double* weights = data<double>(s.weights);
+    int64_t* status = data<int64_t>(s.status);
+    double* residual = certified ? data<double>(s.residual) : nullptr;
+    std::atomic<bool> invalid{false};
+    each_problem(batch, tasks, Method::work(tasks), [&](int64_t b, double* work) {
+      SerialTeam team;
+      double unasked;
+      const Problem p{from + b * tasks * tasks,           tasks, weights + b * tasks, status + b,
+                      residual ? residual + b : &unasked, b};
+      method(team, p, work);
+      if (status[b] & kInvalidGram) invalid.store(true, std::memory_order_relaxed);
+    });
+    STD_TORCH_CHECK(!invalid.load(),
+                    "gram must be symmetric and positive semi-definite, got a matrix that is not, "
+                    "by far more than rounding");
+    return s;
+  }
 
-std::tuple<Tensor, Tensor, Tensor> solve_pcgrad(const Tensor& gram, const Tensor& order) {
-  check_batch(gram);
-  const int64_t batch = gram.size(0), tasks = gram.size(1), square = tasks * tasks;
-  check_small("order", order, ScalarType::Long, gram, {batch, tasks, tasks});
-  const int64_t* visits = data<int64_t>(order);
-  for (int64_t k = 0; k < batch * square; ++k)
-    STD_TORCH_CHECK(visits[k] >= 0 && visits[k] < tasks, "order must hold task numbers below ",
-                    tasks, ", got ", visits[k]);
-  Tensor weights = fresh(gram, {batch, tasks}, ScalarType::Double);
-  Tensor coefficients = fresh(gram, {batch, tasks, tasks}, ScalarType::Double);
-  Tensor status = fresh(gram, {batch}, ScalarType::Long);
-  each_problem(batch, tasks, pcgrad_work(tasks), [&](int64_t b, double* work) {
-    SerialTeam team;
-    pcgrad(team, data<double>(gram) + b * square, visits + b * square, tasks, work,
-           data<double>(weights) + b * tasks, data<double>(coefficients) + b * square,
-           data<int64_t>(status) + b);
-  });
-  return {weights, coefficients, status};
-}
+  static void draw_orders(const Tensor& rng, int64_t batch, int64_t tasks, const Tensor& order) {
+    int64_t* to = data<int64_t>(order);
+    draw(rng, batch, tasks, [&](SerialTeam& team, uint64_t seed, uint64_t step, int64_t b) {
+      draw_order(team, seed, step, b, tasks, to + b * tasks * tasks);
+    });
+  }
+  static void draw_normals(const Tensor& rng, int64_t batch, int64_t tasks, const Tensor& out) {
+    double* to = data<double>(out);
+    draw(rng, batch, tasks, [&](SerialTeam& team, uint64_t seed, uint64_t step, int64_t b) {
+      draw_normal(team, seed, step, b, tasks, to + b * tasks);
+    });
+  }
 
-std::tuple<Tensor, Tensor, Tensor> solve_mgda(const Tensor& gram, double ridge) {
-  check_batch(gram);
-  const int64_t batch = gram.size(0), tasks = gram.size(1);
-  Tensor weights = fresh(gram, {batch, tasks}, ScalarType::Double);
-  Tensor status = fresh(gram, {batch}, ScalarType::Long);
-  Tensor residual = fresh(gram, {batch}, ScalarType::Double);
-  each_problem(batch, tasks, mgda_work(tasks), [&](int64_t b, double* work) {
-    SerialTeam team;
-    mgda(team, data<double>(gram) + b * tasks * tasks, tasks, ridge, work,
-         data<double>(weights) + b * tasks, data<int64_t>(status) + b, data<double>(residual) + b);
-  });
-  return {weights, status, residual};
-}
+  static void check_order(const Tensor& order, int64_t tasks) {
+    const int64_t* visits = data<int64_t>(order);
+    for (int64_t k = 0; k < order.numel(); ++k)
+      STD_TORCH_CHECK(visits[k] >= 0 && visits[k] < tasks, "order must hold task numbers below ",
+                      tasks, ", got ", visits[k]);
+  }
+
+ private:
+  // f(team, seed, step, b) for every problem; then the step is counted.
+  template <class F>
+  static void draw(const Tensor& rng, int64_t batch, int64_t tasks, const F& f) {
+    int64_t* state = data<int64_t>(rng);
+    const uint64_t seed = static_cast<uint64_t>(state[0]), step = static_cast<uint64_t>(state[1]);
+    each_problem(batch, tasks, 0, [&](int64_t b, double*) {
+      SerialTeam team;
+      f(team, seed, step, b);
+    });
+    state[1] = static_cast<int64_t>(step + 1);
+  }
+};
 
 }  // namespace
 }  // namespace flatmtl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(flatmtl, CPU, m) {
   using namespace flatmtl::cpu;
-  m.impl("draw_order_", TORCH_BOX(&draw_order_));
-  m.impl("solve_pcgrad", TORCH_BOX(&solve_pcgrad));
-  m.impl("solve_mgda", TORCH_BOX(&solve_mgda));
+  flatmtl::Methods<Backend>::register_in(m);
 }

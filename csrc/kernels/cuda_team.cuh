@@ -37,20 +37,13 @@ struct BlockTeam {
   template <class F>
   __device__ double max(int64_t n, F f) const {
     if (n == 0) return 0;
-    __shared__ double warps[kWarp];
     // Members without an item repeat the last one: no sentinel value is needed.
     double largest = f(threadIdx.x < n ? threadIdx.x : n - 1);
-    for (int64_t i = threadIdx.x + blockDim.x; i < n; i += blockDim.x)
-      largest = larger(largest, f(i));
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2)
-      largest = larger(largest, __shfl_xor_sync(~0u, largest, offset));
-    __syncthreads();  // an earlier call's readers are done
-    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = largest;
-    __syncthreads();
-    for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w)
-      largest = larger(largest, warps[w]);
-    return largest;
+    for (int64_t i = threadIdx.x + blockDim.x; i < n; i += blockDim.x) {
+      const double value = f(i);
+      largest = value > largest ? value : largest;
+    }
+    return block_max(largest);
   }
 
   template <class F>
@@ -58,9 +51,6 @@ struct BlockTeam {
     if (threadIdx.x == 0) f();
     __syncthreads();
   }
-
- private:
-  __device__ static double larger(double a, double b) { return b > a ? b : a; }
 };
 
 }  // namespace flatmtl::kernels

@@ -38,6 +38,20 @@ __device__ inline double block_sum(double x) {
   return total;
 }
 
+// The largest x of the block, on every thread.
+__device__ inline double block_max(double x) {
+  __shared__ double warps[kWarp];
+  const auto larger = [](double a, double b) { return b > a ? b : a; };
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    x = larger(x, __shfl_xor_sync(~0u, x, offset));
+  __syncthreads();  // an earlier call's readers are done
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) x = larger(x, warps[w]);
+  return x;
+}
+
 // total[k] += sum over the block of acc[k], for N sums at once; total is in shared memory, a
 // barrier follows. Lane sums are exchanged through shared memory, kRound sums a round: for N sums
 // that costs N / 8 warp reductions a warp where shuffling each sum in each warp would cost N, and

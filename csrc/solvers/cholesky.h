@@ -41,6 +41,31 @@ FLATMTL_HD bool append_row(Team& team, const double* matrix, int64_t stride, con
   return true;
 }
 
+// The whole factor at once: the lower triangle of matrix [n, n] becomes L with 1 / L_jj on its
+// diagonal, as append_row leaves it. column: [n] scratch. False if a pivot is not above `floor`.
+template <class Team>
+FLATMTL_HD bool cholesky_factor(Team& team, double* matrix, int64_t n, double floor,
+                                double* column) {
+  for (int64_t j = 0; j < n; ++j) {
+    const double pivot = matrix[j * n + j];
+    if (!(pivot > floor)) return false;
+    const double inverse = 1.0 / sqrt(pivot);
+    team.each(n - j - 1, [&](int64_t m) {
+      const int64_t i = j + 1 + m;
+      column[i] = matrix[i * n + j] *= inverse;
+    });
+    team.each(n - j, [&](int64_t m) {
+      const int64_t i = j + m;
+      if (i == j) {
+        matrix[j * n + j] = inverse;
+        return;
+      }
+      for (int64_t k = j + 1; k <= i; ++k) matrix[i * n + k] -= column[i] * column[k];
+    });
+  }
+  return true;
+}
+
 // x <- (L L')^-1 x.
 template <class Team>
 FLATMTL_HD void cholesky_solve(Team& team, const double* factor, int64_t stride, int64_t n,

@@ -7,14 +7,17 @@
 #pragma once
 
 #include "cholesky.h"
+#include "residual.h"
 
 namespace flatmtl {
 
 // Doubles of scratch: factor [n, n], z, slack, state, list (int64) [n] each, four slots.
 FLATMTL_HD inline int64_t nnqp_work(int64_t n) { return n * n + 4 * n + 4; }
 
-// matrix: [n, n], b: [n], use: [n] (0: y_i stays 0), y: [n] out. Returns true if it converged;
-// *residual gets max(|b - Cy| on the passive set, (b - Cy)_+ off it) / max |b|.
+// matrix: [n, n], b: [n], use: [n] (0: y_i stays 0), y: [n] out. *residual: the backward error of
+// C y = b on the passive set and C y >= b off it. Returns true if the answer is sound: the active
+// set ended, and the equations hold also in the plain sense, up to what rounding leaves of b where
+// y is large (near-singular problems).
 template <class Team>
 FLATMTL_HD bool nnqp(Team& team, const double* matrix, const double* b, const double* use,
                      int64_t n, double* work, double* y, double* residual) {
@@ -42,11 +45,11 @@ FLATMTL_HD bool nnqp(Team& team, const double* matrix, const double* b, const do
   for (int64_t round = 0; round < limit; ++round) {
     // slack: how far y_i = 0 is from optimal, 0 where that is within rounding
     team.each(n, [&](int64_t i) {
-      double s = b[i], magnitude = b[i] < 0 ? -b[i] : b[i];
+      double s = b[i], magnitude = fabs(b[i]);
       for (int64_t k = 0; k < n; ++k) {
         const double term = matrix[i * n + k] * y[k];
         s -= term;
-        magnitude += term < 0 ? -term : term;
+        magnitude += fabs(term);
       }
       slack[i] = use[i] != 0 && state[i] == 0 && s > 1e-14 * magnitude ? s : 0.0;
     });
@@ -138,17 +141,54 @@ FLATMTL_HD bool nnqp(Team& team, const double* matrix, const double* b, const do
     }
   }
 
-  team.each(n, [&](int64_t i) {
-    double s = b[i];
-    for (int64_t k = 0; k < n; ++k) s -= matrix[i * n + k] * y[k];
-    const bool passive = y[i] > 0;
-    slack[i] = use[i] == 0 ? 0.0 : passive ? (s < 0 ? -s : s) : (s > 0 ? s : 0.0);
-    z[i] = use[i] == 0 ? 0.0 : (b[i] < 0 ? -b[i] : b[i]);
+  // One step of iterative refinement: it makes the error of every row small, not only of the
+  // largest.
+  team.each(count, [&](int64_t k) {
+    double s = b[list[k]];
+    for (int64_t j = 0; j < n; ++j) s -= matrix[list[k] * n + j] * y[j];
+    z[k] = s;
   });
-  const double scale = team.max(n, [&](int64_t i) { return z[i]; });
+  cholesky_solve(team, factor, n, count, z);
+  team.each(count, [&](int64_t k) {
+    const double refined = y[list[k]] + z[k];
+    if (refined > 0) y[list[k]] = refined;
+  });
+
+  team.each(n, [&](int64_t i) {
+    double s = b[i], magnitude = fabs(b[i]);
+    for (int64_t k = 0; k < n; ++k) {
+      const double term = matrix[i * n + k] * y[k];
+      s -= term;
+      magnitude += fabs(term);
+    }
+    if (use[i] == 0 || (!(y[i] > 0) && s < 0)) s = 0;
+    slack[i] = fabs(s);
+    state[i] = backward_error(s, magnitude);
+  });
+  const double scale = team.max(n, [&](int64_t i) { return use[i] == 0 ? 0.0 : fabs(b[i]); });
   const double worst = team.max(n, [&](int64_t i) { return slack[i]; });
-  team.one([&] { *residual = scale > 0 ? worst / scale : 0.0; });
-  return converged;
+  const double size = team.sum(n, [&](int64_t i) { return y[i]; });
+  const double error = team.max(n, [&](int64_t i) { return state[i]; });
+  team.one([&] {
+    *residual = error;
+    *remaining = static_cast<double>(count);  // for nnqp_form
+  });
+  return converged && error <= kTolerance && worst <= 1e-6 * scale + 1e-13 * size;
+}
+
+// v' (C_SS)^-1 v on the passive set S that nnqp has left in `work`; row: [n] scratch.
+template <class Team>
+FLATMTL_HD double nnqp_form(Team& team, const double* v, int64_t n, double* work, double* row) {
+  const double* factor = work;
+  const double* state = factor + n * n + 2 * n;
+  const int64_t* list = reinterpret_cast<const int64_t*>(state + n);
+  const int64_t count = static_cast<int64_t>(*(reinterpret_cast<const double*>(list + n) + 2));
+  team.each(count, [&](int64_t k) { row[k] = v[list[k]]; });
+  forward_columns(team, factor, n, count, row);
+  return team.sum(count, [&](int64_t k) {
+    const double x = row[k] * factor[k * n + k];
+    return x * x;
+  });
 }
 
 }  // namespace flatmtl

@@ -10,48 +10,60 @@
 // once.
 #pragma once
 
-#include "activity.h"
+#include "problem.h"
 
 namespace flatmtl {
 
-// Doubles of scratch: R, then the visit's coefficients, then the activity of every task.
-FLATMTL_HD inline int64_t pcgrad_work(int64_t tasks) { return tasks * tasks + 2 * tasks; }
+struct PcGrad {
+  const int64_t* order;  // [B, T, T]
+  double* coefficients;  // K out [B, T, T]
 
-// gram: [T, T], order: [T, T], weights: [T], coefficients: [T, T] (K).
-template <class Team>
-FLATMTL_HD void pcgrad(Team& team, const double* gram, const int64_t* order, int64_t tasks,
-                       double* work, double* weights, double* coefficients, int64_t* status) {
-  double* product = work;                // R  [T, T]
-  double* visit = work + tasks * tasks;  // c  [T]
-  double* active = visit + tasks;        //    [T]
-  const int64_t alive = find_active(team, gram, tasks, active, visit);
+  FLATMTL_HD static int64_t work(int64_t tasks) {
+    return Opened::work(tasks) + tasks * tasks + 2 * tasks;
+  }
 
-  team.each2(tasks, tasks, [&](int64_t i, int64_t j) {
-    const bool on = active[i] != 0 && active[j] != 0;
-    product[i * tasks + j] = on ? gram[i * tasks + j] : 0.0;
-    coefficients[i * tasks + j] = on && i == j ? 1.0 : 0.0;
-  });
-  for (int64_t s = 0; s < tasks; ++s) {
-    team.each(tasks, [&](int64_t i) {
-      const int64_t j = order[i * tasks + s];
-      visit[i] = 0;
-      if (j < 0 || j >= tasks || j == i || active[i] == 0 || active[j] == 0) return;
-      const double p = product[i * tasks + j];
-      if (!(p < 0)) return;
-      visit[i] = p / gram[j * tasks + j];
-      coefficients[i * tasks + j] -= visit[i];
+  template <class Team>
+  FLATMTL_HD void operator()(Team& team, const Problem& p, double* scratch) const {
+    const int64_t n = p.tasks;
+    double* product = scratch + Opened::work(n);  // R  [T, T]
+    double* visit = product + n * n;              // c  [T]
+    const int64_t* visits = order + p.index * n * n;
+    double* k = coefficients + p.index * n * n;
+    const Opened o = open(team, p, scratch, product);
+    const bool solve = solvable(o);
+    const double* active = o.active;
+    double* gram = o.cosine;  // its place; G itself is used, as every visit reads a row of it
+
+    team.each2(n, n, [&](int64_t i, int64_t j) {
+      const bool on = solve && active[i] != 0 && active[j] != 0;
+      gram[i * n + j] = product[i * n + j] = on ? p.gram[i * n + j] : 0.0;
+      k[i * n + j] = on && i == j ? 1.0 : 0.0;
     });
-    team.each2(tasks, tasks, [&](int64_t i, int64_t k) {
-      if (visit[i] != 0 && active[k] != 0)
-        product[i * tasks + k] -= visit[i] * gram[order[i * tasks + s] * tasks + k];
+    if (!solve) return give_up(team, p, o.status);
+    for (int64_t s = 0; s < n; ++s) {
+      team.each(n, [&](int64_t i) {
+        const int64_t j = visits[i * n + s];
+        visit[i] = 0;
+        if (j < 0 || j >= n || j == i || active[i] == 0 || active[j] == 0) return;
+        const double r = product[i * n + j];
+        if (!(r < 0)) return;
+        visit[i] = r / gram[j * n + j];
+        k[i * n + j] -= visit[i];
+      });
+      team.each2(n, n, [&](int64_t i, int64_t m) {
+        if (visit[i] != 0) product[i * n + m] -= visit[i] * gram[visits[i * n + s] * n + m];
+      });
+    }
+    team.each(n, [&](int64_t j) {
+      double total = 0;
+      for (int64_t i = 0; i < n; ++i) total += k[i * n + j];
+      p.weights[j] = total;
+    });
+    team.one([&] {
+      *p.status = o.status;
+      *p.residual = 0;
     });
   }
-  team.each(tasks, [&](int64_t j) {
-    double total = 0;
-    for (int64_t i = 0; i < tasks; ++i) total += coefficients[i * tasks + j];
-    weights[j] = total;
-  });
-  team.one([&] { *status = activity_status(alive, tasks); });
-}
+};
 
 }  // namespace flatmtl

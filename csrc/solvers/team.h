@@ -30,6 +30,8 @@ constexpr int64_t kNoActiveTask = 1;  // every gradient is zero or not finite: a
 constexpr int64_t kInactiveTask = 2;  // at least one task was left out
 constexpr int64_t kNotConverged = 4;  // the solver stopped short of its tolerance
 constexpr int64_t kRidgeRaised = 8;   // the Gram matrix was too noisy for the ridge asked for
+constexpr int64_t kFallback = 16;     // the weights are the method's documented fallback
+constexpr int64_t kInvalidGram = 32;  // not symmetric, or clearly not positive semi-definite
 
 struct SerialTeam {
   template <class F>

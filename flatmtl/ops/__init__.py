@@ -1,20 +1,42 @@
-"""The operators flatmtl is made of, on flat rows of task gradients.
+"""The operators flatmtl is made of, on flat rows of task gradients and on their Gram matrices.
 
 ``jac`` is the T x P matrix of task gradients: one row a task, any row stride, float32, float64,
 bfloat16 or float16. Sums of products are float64 and the same bits on every run, whatever the number
 of threads. Nothing here reads a value on the host. Each operator runs its C++ or CUDA body where that
-is loaded, and plain torch (``flatmtl.ops.reference``) elsewhere.
+is loaded, and plain torch (``flatmtl.ops.reference``) elsewhere. The solvers, from Gram matrices to
+weights, are in ``flatmtl.ops.solvers``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from flatmtl.ops import _check, _library, _schema, reference
+from flatmtl.ops.solvers import (
+    draw_order_,
+    scale_weights,
+    solve_aligned,
+    solve_alpha_fair,
+    solve_cagrad,
+    solve_config,
+    solve_constant,
+    solve_dual_cone,
+    solve_gradvac,
+    solve_gradvac_drawn_,
+    solve_imtl_g,
+    solve_krum,
+    solve_mgda,
+    solve_modo_,
+    solve_nash_,
+    solve_pcd_,
+    solve_pcgrad,
+    solve_pcgrad_drawn_,
+    solve_random_,
+    solve_sdmgrad_,
+)
 
 _library.load()
 
@@ -32,8 +54,25 @@ __all__ = [
     "reference",
     "restore_",
     "row_norms",
+    "scale_weights",
+    "solve_aligned",
+    "solve_alpha_fair",
+    "solve_cagrad",
+    "solve_config",
+    "solve_constant",
+    "solve_dual_cone",
+    "solve_gradvac",
+    "solve_gradvac_drawn_",
+    "solve_imtl_g",
+    "solve_krum",
     "solve_mgda",
+    "solve_modo_",
+    "solve_nash_",
+    "solve_pcd_",
     "solve_pcgrad",
+    "solve_pcgrad_drawn_",
+    "solve_random_",
+    "solve_sdmgrad_",
 ]
 
 OPERATORS = tuple(_schema.SCHEMAS)
@@ -342,83 +381,3 @@ def restore_(params: Sequence[Tensor], saved: Tensor, offsets: Sequence[int]) ->
     _check_params(params, offsets, saved)
     _ops.restore_.default(list(params), saved, list(offsets))
     _written(params)
-
-
-def draw_order_(rng: Tensor, tasks: int, batch: int = 1) -> Tensor:
-    """Random task orders, a permutation of 0..tasks-1 for every row of every problem.
-
-    Args:
-        rng: int64 [2], (seed, step) on the device; step is advanced by one.
-        tasks: T.
-        batch: B.
-
-    Returns:
-        int64 [B, T, T]; the same for the same seed and step on every device.
-
-    Raises:
-        ValueError, TypeError: ``rng`` is not int64 [2]; ``tasks`` or ``batch`` is below 1.
-    """
-    _check.tensor("rng", rng, (torch.int64,))
-    _check.shape("rng", rng, 2)
-    if tasks < 1 or batch < 1:
-        raise ValueError(f"tasks and batch must be at least 1, got {tasks} and {batch}")
-    return _ops.draw_order_.default(rng, tasks, batch)
-
-
-def _batched(gram: Tensor) -> Tensor:
-    square = _check.double(gram)
-    return square.unsqueeze(0) if square.dim() == 2 else square
-
-
-def solve_pcgrad(gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """PCGrad's weights (Yu et al., arXiv 2001.06782, Alg. 1), in the sum form.
-
-    Args:
-        gram: float32 or float64 [T, T] or [B, T, T].
-        order: int64, the shape of ``gram``: row i lists the tasks in the order in which task i is
-            projected on them; i itself is passed over.
-
-    Returns:
-        weights float64 [T] (sum over tasks of the coefficients), coefficients float64 [T, T] (row i:
-        the projected gradient of task i), status int64; each with a leading B if ``gram`` has one.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit.
-    """
-    square = _check.gram("gram", gram)
-    _check.tensor("order", order, (torch.int64,))
-    _check.like("order", order, "gram", square, dtype=False)
-    _check.shape("order", order, *square.shape)
-    orders = order.contiguous()
-    single = square.dim() == 2
-    weights, coefficients, status = _ops.solve_pcgrad.default(
-        _batched(square), orders.unsqueeze(0) if single else orders
-    )
-    return (weights[0], coefficients[0], status[0]) if single else (weights, coefficients, status)
-
-
-def solve_mgda(gram: Tensor, ridge: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """MGDA's weights: min w'Gw over the simplex, exactly (csrc/solvers/mgda.h).
-
-    Args:
-        gram: float32 or float64 [T, T] or [B, T, T].
-        ridge: added to the diagonal of the cosine matrix; by default 1e-10 for a float64 Gram and
-            1e-6 for a float32 one. Where the matrix is too noisy for it (a Gram of float32 rows can be
-            indefinite by 1e-7), it is raised a hundredfold, up to 1e-6, and the status says so.
-
-    Returns:
-        weights float64 [T], status int64, residual float64 (of the optimality conditions in the cosine
-        form, largest right-hand side 1); each with a leading B if ``gram`` has one.
-
-    Raises:
-        ValueError, TypeError: shapes or dtypes do not fit, or ``ridge`` is negative.
-    """
-    square = _check.gram("gram", gram)
-    if ridge is None:
-        ridge = 1e-10 if square.dtype == torch.float64 else 1e-6
-    if not 0 <= ridge < math.inf:
-        raise ValueError(f"ridge must be finite and at least 0, got {ridge}")
-    weights, status, residual = _ops.solve_mgda.default(_batched(square), float(ridge))
-    if square.dim() == 2:
-        return weights[0], status[0], residual[0]
-    return weights, status, residual

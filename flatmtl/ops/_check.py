@@ -126,3 +126,22 @@ def no_overlap(name: str, out: Tensor, other_name: str, other: Tensor) -> None:
     first, other_first = out.data_ptr(), other.data_ptr()
     if first < other_first + _extent(other) and other_first < first + _extent(out):
         raise ValueError(f"{name} must not share memory with {other_name}")
+
+
+def preference(name: str, value: object, gram: Tensor) -> Tensor | None:
+    """``value`` as one float64 number a task of ``gram``, on its device; None stays None."""
+    if value is None:
+        return None
+    result = tensor(name, value, SMALL_TYPES)
+    like(name, result, "gram", gram, dtype=False)
+    shape(name, result, gram.shape[-1])
+    return double(result)
+
+
+def state(name: str, value: object, gram: Tensor, sizes: Sequence[int]) -> None:
+    """``value`` as a float64 tensor of this shape, written in place."""
+    result = tensor(name, value, (torch.float64,))
+    like(name, result, "gram", gram, dtype=False)
+    shape(name, result, *sizes)
+    if not result.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got stride {list(result.stride())}")

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flatmtl.ops import reference
 
+_SOLVED = " -> (Tensor weights, Tensor status, Tensor residual)"
+
 SCHEMAS: dict[str, str] = {
     "row_norms": "(Tensor jac) -> Tensor",
     "gram": "(Tensor jac) -> Tensor",
@@ -30,8 +32,48 @@ SCHEMAS: dict[str, str] = {
     ),
     "restore_": "(Tensor(a!)[] params, Tensor saved, int[] offsets) -> ()",
     "draw_order_": "(Tensor(a!) rng, int tasks, int batch) -> Tensor",
+    # Solvers: gram, cross [T, T] or [B, T, T], and a leading B in every result if it has one.
+    "solve_constant": (
+        "(Tensor gram, Tensor? preference, float value) -> (Tensor weights, Tensor status)"
+    ),
     "solve_pcgrad": "(Tensor gram, Tensor order) -> (Tensor weights, Tensor coefficients, Tensor status)",
-    "solve_mgda": "(Tensor gram, float ridge) -> (Tensor weights, Tensor status, Tensor residual)",
+    "solve_pcgrad_drawn_": (
+        "(Tensor gram, Tensor(a!) rng) -> (Tensor weights, Tensor coefficients, Tensor status)"
+    ),
+    "solve_random_": "(Tensor gram, Tensor(a!) rng) -> (Tensor weights, Tensor status)",
+    "solve_gradvac": (
+        "(Tensor gram, Tensor order, Tensor(a!) target, float beta, float eps)"
+        " -> (Tensor weights, Tensor status)"
+    ),
+    "solve_gradvac_drawn_": (
+        "(Tensor gram, Tensor(a!) rng, Tensor(b!) target, float beta, float eps)"
+        " -> (Tensor weights, Tensor status)"
+    ),
+    "solve_mgda": "(Tensor gram, float ridge)" + _SOLVED,
+    "solve_dual_cone": "(Tensor gram, Tensor? preference, bool each, float ridge)" + _SOLVED,
+    "solve_cagrad": "(Tensor gram, float c, int rescale, float ridge)" + _SOLVED,
+    "solve_alpha_fair": "(Tensor gram, float alpha, Tensor? preference, float ridge)" + _SOLVED,
+    "solve_nash_": (
+        "(Tensor gram, Tensor(a!) last, int every, float max_norm, float ridge)" + _SOLVED
+    ),
+    "solve_imtl_g": "(Tensor gram, float ridge)" + _SOLVED,
+    "solve_config": "(Tensor gram, Tensor? preference, float ridge)" + _SOLVED,
+    "solve_aligned": (
+        "(Tensor gram, Tensor? preference, int scale_mode, float rank_tolerance)" + _SOLVED
+    ),
+    "solve_pcd_": (
+        "(Tensor gram, Tensor(a!) state, float tau, float beta, float eps, float ridge)" + _SOLVED
+    ),
+    "solve_krum": "(Tensor gram, int byzantine, int selected) -> (Tensor weights, Tensor status)",
+    "solve_sdmgrad_": (
+        "(Tensor cross, Tensor(a!) state, Tensor? preference, float lr, float momentum, int steps,"
+        " float lambda_) -> (Tensor weights, Tensor status)"
+    ),
+    "solve_modo_": (
+        "(Tensor cross, Tensor(a!) state, float gamma, float rho)"
+        " -> (Tensor weights, Tensor status)"
+    ),
+    "scale_weights": "(Tensor gram, Tensor weights, int scaling, float max_norm) -> Tensor",
 }
 
 
@@ -43,22 +85,21 @@ def _fake_square(jac: Tensor) -> Tensor:
     return _double(jac, jac.shape[0], jac.shape[0])
 
 
+def _fake_weights(gram: Tensor, *_: object) -> Tensor:
+    return _double(gram, *gram.shape[:-1])
+
+
+def _fake_pair(gram: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _fake_weights(gram), gram.new_empty(gram.shape[:-2], dtype=torch.int64)
+
+
+def _fake_solved(gram: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_pair(gram), _double(gram, *gram.shape[:-2])
+
+
 def _fake_solve_pcgrad(gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tasks, _ = gram.shape
-    return (
-        _double(gram, batch, tasks),
-        _double(gram, batch, tasks, tasks),
-        gram.new_empty((batch,), dtype=torch.int64),
-    )
-
-
-def _fake_solve_mgda(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tasks, _ = gram.shape
-    return (
-        _double(gram, batch, tasks),
-        gram.new_empty((batch,), dtype=torch.int64),
-        _double(gram, batch),
-    )
+    weights, status = _fake_pair(gram)
+    return weights, _double(gram, *gram.shape), status
 
 
 def _fake_nothing(*_: object) -> None:
@@ -82,8 +123,25 @@ FAKES: dict[str, Callable[..., object]] = {
     "perturb_": _fake_nothing,
     "restore_": _fake_nothing,
     "draw_order_": lambda rng, tasks, batch: rng.new_empty((batch, tasks, tasks)),
+    "solve_constant": _fake_pair,
     "solve_pcgrad": _fake_solve_pcgrad,
-    "solve_mgda": _fake_solve_mgda,
+    "solve_pcgrad_drawn_": _fake_solve_pcgrad,
+    "solve_random_": _fake_pair,
+    "solve_gradvac": _fake_pair,
+    "solve_gradvac_drawn_": _fake_pair,
+    "solve_mgda": _fake_solved,
+    "solve_dual_cone": _fake_solved,
+    "solve_cagrad": _fake_solved,
+    "solve_alpha_fair": _fake_solved,
+    "solve_nash_": _fake_solved,
+    "solve_imtl_g": _fake_solved,
+    "solve_config": _fake_solved,
+    "solve_aligned": _fake_solved,
+    "solve_pcd_": _fake_solved,
+    "solve_krum": _fake_pair,
+    "solve_sdmgrad_": _fake_pair,
+    "solve_modo_": _fake_pair,
+    "scale_weights": _fake_weights,
 }
 
 # Kept alive for the life of the process: a Library that is collected takes its operators with it.

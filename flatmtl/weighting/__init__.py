@@ -2,24 +2,132 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flatmtl.weighting._base import SolveStatus, Weighting
-from flatmtl.weighting.mean import Mean, Sum
+from flatmtl.weighting.aligned_mtl import AlignedMTL
+from flatmtl.weighting.cagrad import CAGrad
+from flatmtl.weighting.config import ConFIG
+from flatmtl.weighting.constant import Constant
+from flatmtl.weighting.cr_mogm import CRMOGM
+from flatmtl.weighting.dualproj import DualProj
+from flatmtl.weighting.fairgrad import FairGrad
+from flatmtl.weighting.gradvac import GradVac
+from flatmtl.weighting.imtl_g import IMTLG
+from flatmtl.weighting.krum import Krum
+from flatmtl.weighting.mean import Mean
 from flatmtl.weighting.mgda import MGDA
+from flatmtl.weighting.modo import MoDo
+from flatmtl.weighting.nash_mtl import NashMTL
+from flatmtl.weighting.pcd import PCD
 from flatmtl.weighting.pcgrad import PCGrad
+from flatmtl.weighting.pivrg import PIVRG
+from flatmtl.weighting.random_loss import RandomLossWeighting
+from flatmtl.weighting.sdmgrad import SDMGrad
+from flatmtl.weighting.sum import Sum
+from flatmtl.weighting.upgrad import UPGrad
 
-__all__ = ["METHODS", "MGDA", "Mean", "PCGrad", "SolveStatus", "Sum", "Weighting", "by_name"]
+__all__ = [
+    "CRMOGM",
+    "IMTLG",
+    "METHODS",
+    "MGDA",
+    "PCD",
+    "PIVRG",
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
+    "Constant",
+    "DualProj",
+    "FairGrad",
+    "GradVac",
+    "Krum",
+    "Mean",
+    "MethodInfo",
+    "MoDo",
+    "NashMTL",
+    "PCGrad",
+    "RandomLossWeighting",
+    "SDMGrad",
+    "SolveStatus",
+    "Sum",
+    "UPGrad",
+    "Weighting",
+    "by_name",
+    "methods",
+]
 
 #: name -> class
-METHODS: dict[str, type[Weighting]] = {"mean": Mean, "sum": Sum, "pcgrad": PCGrad, "mgda": MGDA}
+METHODS: dict[str, type[Weighting]] = {
+    "mean": Mean,
+    "sum": Sum,
+    "constant": Constant,
+    "pcgrad": PCGrad,
+    "gradvac": GradVac,
+    "mgda": MGDA,
+    "cagrad": CAGrad,
+    "nash_mtl": NashMTL,
+    "fairgrad": FairGrad,
+    "imtl_g": IMTLG,
+    "aligned_mtl": AlignedMTL,
+    "upgrad": UPGrad,
+    "dualproj": DualProj,
+    "config": ConFIG,
+    "pivrg": PIVRG,
+    "pcd": PCD,
+    "krum": Krum,
+    "sdmgrad": SDMGrad,
+    "modo": MoDo,
+    "cr_mogm": CRMOGM,
+    "rlw": RandomLossWeighting,
+}
+
+
+def _plain(name: str) -> str:
+    """A name without what does not matter in it."""
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+_BY_PLAIN_NAME = {_plain(name): cls for name, cls in METHODS.items()}
+_BY_PLAIN_NAME[_plain("random_loss_weighting")] = RandomLossWeighting
+
+
+class MethodInfo(NamedTuple):
+    """What there is to know about a method.
+
+    Attributes:
+        name: for ``by_name``.
+        cls: the class.
+        paper: authors and title or venue.
+        arxiv: number there, "" if none.
+        year: of the paper.
+        needs: what it looks at: "gram", "norms", "cross-gram of two batches", "nothing".
+        state: what it keeps from call to call, "" if nothing.
+    """
+
+    name: str
+    cls: type[Weighting]
+    paper: str
+    arxiv: str
+    year: int
+    needs: str
+    state: str
+
+
+def methods() -> list[MethodInfo]:
+    """All methods, in the order of ``METHODS``."""
+    return [
+        MethodInfo(name, cls, cls.paper, cls.arxiv, cls.year, cls.needs, cls.state)
+        for name, cls in METHODS.items()
+    ]
 
 
 def by_name(name: str, **options: Any) -> Weighting:  # noqa: ANN401
     """A weighting by its name, as in ``by_name("pcgrad", seed=3)``.
 
     Args:
-        name: one of ``METHODS``; upper and lower case are the same.
+        name: one of ``METHODS``, or "random_loss_weighting"; upper and lower case, "-", "_" and spaces
+            do not matter.
         **options: the method's own.
 
     Raises:
@@ -27,7 +135,7 @@ def by_name(name: str, **options: Any) -> Weighting:  # noqa: ANN401
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {type(name).__name__}")
-    method = METHODS.get(name.lower())
+    method = _BY_PLAIN_NAME.get(_plain(name))
     if method is None:
         raise ValueError(f"name must be one of {', '.join(sorted(METHODS))}, got {name!r}")
     return method(**options)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from flatmtl.ops import _check
-from flatmtl.ops.reference import INACTIVE_TASK, NO_ACTIVE_TASK, NOT_CONVERGED, RIDGE_RAISED
+from flatmtl import ops
+from flatmtl.ops._status import (
+    FALLBACK,
+    INACTIVE_TASK,
+    INVALID_GRAM,
+    NO_ACTIVE_TASK,
+    NOT_CONVERGED,
+    RIDGE_RAISED,
+)
+from flatmtl.weighting import _options
 
 W = TypeVar("W", bound="Weighting")
+Scaling = Literal["raw", "sum_to_one", "sum_to_tasks"]
+
+_SCALINGS = ("raw", "sum_to_one", "sum_to_tasks")  # the operator's numbers
 
 
 @dataclass(frozen=True)
@@ -20,8 +31,9 @@ class SolveStatus:
     """What a solve left behind, on its device; the properties read it (and wait for it on CUDA).
 
     Attributes:
-        bits: int64 [B].
-        residual: float64 [B], of the method's optimality conditions; None where a method has none.
+        bits: int64, 0-dim for one Gram matrix, [B] for a batch.
+        residual: float64, the shape of ``bits``: the largest componentwise backward error of the
+            method's optimality conditions; None where a method has none.
     """
 
     bits: Tensor
@@ -51,44 +63,92 @@ class SolveStatus:
         return self._any(RIDGE_RAISED)
 
     @property
+    def fallback(self) -> bool:
+        """The method had no usable answer; the weights are those of its fallback."""
+        return self._any(FALLBACK)
+
+    @property
+    def invalid_gram(self) -> bool:
+        """The matrix was no Gram matrix; the weights are 0 (CUDA only: the CPU raises ValueError)."""
+        return self._any(INVALID_GRAM)
+
+    @property
     def ok(self) -> bool:
-        """All tasks took part and the solver reached its tolerance."""
-        return not self._any(NO_ACTIVE_TASK | INACTIVE_TASK | NOT_CONVERGED)
+        """All tasks took part and the solver reached its tolerance by the method's own way."""
+        return not self._any(
+            NO_ACTIVE_TASK | INACTIVE_TASK | NOT_CONVERGED | FALLBACK | INVALID_GRAM
+        )
 
 
 class Weighting:
     """Maps the Gram matrix of the task gradients to weights; the update is d = sum_i w_i g_i.
 
     ``weighting(gram)``: [T, T] -> float64 [T], or [B, T, T] -> [B, T] for B problems at once. Nothing is
-    read on the host. A task whose gradient is zero or not finite gets weight 0.
+    read on the host of a CUDA tensor. A task whose gradient is zero or not finite gets weight 0.
+
+    Args:
+        scaling: "raw", the method's own weights; "sum_to_one" or "sum_to_tasks", divided by their sum
+            (by the sum of their absolute values if that is not clearly positive), the latter times T.
+        max_norm: a bound on the update's norm, ||d|| = sqrt(w'Gw); None: no bound. Applied last.
+
+    Raises:
+        ValueError, TypeError: an argument is none of the above.
     """
 
     #: True if only the diagonal of the Gram matrix is looked at (the squared norms).
-    diagonal_only = False
+    diagonal_only: bool = False
+    #: Where the method is from: authors and title or venue, arXiv number ("": none), year.
+    paper: str = ""
+    arxiv: str = ""
+    year: int = 0
+    #: What it looks at: "gram", "norms", "cross-gram of two batches" or "nothing".
+    needs: str = "gram"
+    #: What it keeps from call to call; "" if nothing.
+    state: str = ""
 
-    def __init__(self) -> None:
+    def __init__(self, *, scaling: Scaling = "raw", max_norm: float | None = None) -> None:
+        if scaling not in _SCALINGS:
+            raise ValueError(f"scaling must be one of {', '.join(_SCALINGS)}, got {scaling!r}")
+        if max_norm is not None:
+            max_norm = _options.real("max_norm", max_norm, above=0)
+            self.diagonal_only = False  # the update's norm needs all products
+        self.scaling = scaling
+        self.max_norm = max_norm
         self._last: SolveStatus | None = None
 
     def __call__(self, gram: Tensor) -> Tensor:
         """Weights for one Gram matrix or a batch.
 
         Args:
-            gram: float32 or float64 [T, T] or [B, T, T], symmetric.
+            gram: float32 or float64 [T, T] or [B, T, T], symmetric positive semi-definite (for the
+                methods of two batches, their cross-Gram matrix: any).
 
         Returns:
             float64 [T] or [B, T].
 
         Raises:
-            ValueError, TypeError: ``gram`` has another shape or dtype.
+            ValueError, TypeError: ``gram`` has another shape or dtype, is no Gram matrix (on the CPU,
+                where looking costs nothing), or does not fit the method's options or state.
         """
-        square = _check.gram("gram", gram)
-        single = square.dim() == 2
-        weights, self._last = self._solve(square.unsqueeze(0) if single else square)
-        return weights[0] if single else weights
+        weights, self._last = self._solve(gram)
+        return self._scaled(gram, weights)
 
     def _solve(self, gram: Tensor) -> tuple[Tensor, SolveStatus]:
-        """gram [B, T, T] -> weights float64 [B, T], status."""
+        """gram [T, T] or [B, T, T], unchecked -> weights float64 [T] or [B, T], status."""
         raise NotImplementedError
+
+    def _scaled(self, gram: Tensor, weights: Tensor) -> Tensor:
+        """The weights by ``scaling`` and ``max_norm``."""
+        if self.scaling == "raw" and self.max_norm is None:
+            return weights
+        scaling = _SCALINGS.index(self.scaling)
+        return ops.scale_weights(gram, weights, scaling, self.max_norm or 0.0)
+
+    def _masked(self, gram: Tensor, weights: Tensor) -> Tensor:
+        """``weights`` [T] or [B, T], 0 for the tasks of ``gram`` that have no gradient."""
+        if weights.dim() == 1:
+            return ops.solve_constant(gram, weights)[0]
+        return weights * ops.solve_constant(gram)[0]
 
     def last_status(self) -> SolveStatus:
         """The status of the last call.
@@ -110,32 +170,99 @@ class Weighting:
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be saved for a resumed run to go on bit for bit."""
+        """What must be saved for a resumed run to go on bit for bit; copies, not the state itself."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved state.
 
         Raises:
-            ValueError: ``state`` does not have the entries of this weighting.
+            ValueError: ``state`` is not one of this weighting; nothing is then taken up.
         """
-        self._check_state(state, set())
+        self._check_state(state, set(self.state_dict()))
+        self._check_entries(state)
+        self._take_entries(state)
 
     def _check_state(self, state: dict[str, Any], keys: set[str]) -> None:
-        if set(state) != keys:
+        """Raises ValueError unless ``state`` has exactly these entries."""
+        if not isinstance(state, dict) or set(state) != keys:
+            given = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(
-                f"state must have the entries {sorted(keys)} of {type(self).__name__}, "
-                f"got {sorted(state)}"
+                f"state must have the entries {sorted(keys)} of {type(self).__name__}, got {given}"
             )
+
+    def _check_entries(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where an entry does not fit. Classes with a state extend it."""
+
+    def _take_entries(self, state: dict[str, Any]) -> None:
+        """Takes up what ``_check_entries`` found to fit. Classes with a state extend it."""
 
     def __getstate__(self) -> dict[str, Any]:
         # the last status is a reading, not a state: copies and pickles go without
         return {**self.__dict__, "_last": None}
 
 
-def active_tasks(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """gram [B, T, T] -> which tasks have a finite, non-zero gradient, bool [B, T]; status bits [B]."""
-    norm2 = gram.diagonal(dim1=1, dim2=2)
-    active = norm2.isfinite() & (norm2 > 0)
-    none, some = ~active.any(1), ~active.all(1)
-    return active, none.to(torch.int64) * NO_ACTIVE_TASK + some.to(torch.int64) * INACTIVE_TASK
+class Stateful(Weighting):
+    """A weighting that keeps one float64 tensor from call to call, made at the first.
+
+    A method says what it is by ``_entry`` (its name in the saved state), ``_rank`` (its dimensions for
+    one Gram matrix) and ``_start``.
+    """
+
+    _entry: str
+    _rank = 1
+
+    def __init__(self, *, scaling: Scaling = "raw", max_norm: float | None = None) -> None:
+        super().__init__(scaling=scaling, max_norm=max_norm)
+        self._held: Tensor | None = None
+
+    def _start(self, gram: Tensor) -> Tensor:
+        """The tensor before the first call, for Gram matrices like this one."""
+        raise NotImplementedError
+
+    def _size(self, gram: Tensor) -> tuple[int, ...]:
+        """The tensor's shape for Gram matrices like this one."""
+        return gram.shape[:-1]
+
+    def _state_for(self, gram: Tensor) -> Tensor:
+        """The tensor, made or moved to the Gram matrix's device where needed."""
+        held = self._held
+        if held is None:
+            self._held = held = self._start(gram)
+        elif held.shape != self._size(gram):
+            raise ValueError(
+                f"gram must be like those before (their {self._entry} has shape "
+                f"{list(held.shape)}), got {list(gram.shape)}: reset() starts anew"
+            )
+        elif held.device != gram.device:
+            self._held = held = held.to(gram.device)
+        return held
+
+    def reset(self) -> None:
+        """Back to the state before the first call."""
+        super().reset()
+        self._held = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kept tensor; None before the first call."""
+        held = self._held
+        return {**super().state_dict(), self._entry: None if held is None else held.clone()}
+
+    def _check_entries(self, state: dict[str, Any]) -> None:
+        super()._check_entries(state)
+        held = state[self._entry]
+        if held is not None and not (
+            isinstance(held, Tensor)
+            and held.dtype == torch.float64
+            and held.dim() in (self._rank, self._rank + 1)
+        ):
+            raise ValueError(
+                f"state[{self._entry!r}] must be None or float64 with {self._rank} dimensions (one "
+                f"more for a batch), got {held!r}"
+            )
+
+    def _take_entries(self, state: dict[str, Any]) -> None:
+        super()._take_entries(state)
+        held = state[self._entry]
+        # contiguous: it is written in place
+        self._held = None if held is None else held.detach().clone().contiguous()

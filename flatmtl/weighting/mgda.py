@@ -16,7 +16,15 @@ class MGDA(Weighting):
     left out (strictly, the solution would then be zero), one that is not finite likewise. The solution
     is that of the Gram matrix with a ridge of 1e-10 on its cosine form, raised up to 1e-6 where float32
     rounding asks for it (``SolveStatus.ridge_raised``).
+
+    Args:
+        scaling: as for every weighting.
+        max_norm: as for every weighting.
     """
+
+    paper = "Sener and Koltun, Multi-task learning as multi-objective optimization"
+    arxiv = "1810.04650"
+    year = 2018
 
     def _solve(self, gram: Tensor) -> tuple[Tensor, SolveStatus]:
         weights, bits, residual = ops.solve_mgda(gram)

@@ -6,9 +6,10 @@
 
 #include "../../csrc/kernels/affinity.cuh"
 #include "../../csrc/kernels/combine.cuh"
+#include "../../csrc/kernels/draw.cuh"
 #include "../../csrc/kernels/gram.cuh"
 #include "../../csrc/kernels/segments.cuh"
-#include "../../csrc/kernels/solve.cuh"
+#include "../solver_methods.h"
 
 namespace {
 
@@ -145,17 +146,16 @@ int emulated_adaptive_sq_norm(int dtype, const void* saved, const void* row, int
   });
 }
 
-int emulated_solve_pcgrad(const double* gram, const int64_t* order, int64_t batch, int64_t tasks,
-                          double* weights, double* coefficients, int64_t* status) {
-  Scratch work(pcgrad_scratch(batch, tasks));
-  return solve_pcgrad(gram, order, batch, tasks, work.data(), weights, coefficients, status,
-                      nullptr);
-}
-
-int emulated_solve_mgda(const double* gram, int64_t batch, int64_t tasks, double ridge,
-                        double* weights, int64_t* status, double* residual) {
-  Scratch work(mgda_scratch(batch, tasks));
-  return solve_mgda(gram, batch, tasks, ridge, work.data(), weights, status, residual, nullptr);
+int emulated_solve(int number, const double* gram, int64_t batch, int64_t tasks,
+                   const double* option, const int64_t* order, const double* preference,
+                   double* state, double* weights, int64_t* status, double* residual) {
+  int code = -1;
+  with_method(number, {option, order, preference, state}, [&](const auto& method) {
+    using Method = std::decay_t<decltype(method)>;
+    Scratch work(solve_scratch<Method>(batch, tasks));
+    code = solve(method, gram, batch, tasks, work.data(), weights, status, residual, nullptr);
+  });
+  return code;
 }
 
 int emulated_draw_orders(int64_t* rng, int64_t batch, int64_t tasks, int64_t* order) {
@@ -163,23 +163,33 @@ int emulated_draw_orders(int64_t* rng, int64_t batch, int64_t tasks, int64_t* or
 }
 
 // The same solvers with the CPU's team of one thread: what the block must agree with.
-void serial_pcgrad(const double* gram, const int64_t* order, int64_t tasks, double* weights,
-                   double* coefficients, int64_t* status) {
-  Scratch work(flatmtl::pcgrad_work(tasks));
-  flatmtl::SerialTeam team;
-  flatmtl::pcgrad(team, gram, order, tasks, work.data(), weights, coefficients, status);
-}
-
-void serial_mgda(const double* gram, int64_t tasks, double ridge, double* weights, int64_t* status,
-                 double* residual) {
-  Scratch work(flatmtl::mgda_work(tasks));
-  flatmtl::SerialTeam team;
-  flatmtl::mgda(team, gram, tasks, ridge, work.data(), weights, status, residual);
+void serial_solve(int number, const double* gram, int64_t batch, int64_t tasks,
+                  const double* option, const int64_t* order, const double* preference,
+                  double* state, double* weights, int64_t* status, double* residual) {
+  with_method(number, {option, order, preference, state}, [&](const auto& method) {
+    using Method = std::decay_t<decltype(method)>;
+    for (int64_t b = 0; b < batch; ++b) {
+      Scratch work(Method::work(tasks));
+      flatmtl::SerialTeam team;
+      const flatmtl::Problem p{
+          gram + b * tasks * tasks, tasks, weights + b * tasks, status + b, residual + b, b};
+      method(team, p, work.data());
+    }
+  });
 }
 
 void serial_draw_order(uint64_t seed, uint64_t step, int64_t b, int64_t tasks, int64_t* order) {
   flatmtl::SerialTeam team;
   flatmtl::draw_order(team, seed, step, b, tasks, order);
+}
+
+int emulated_draw_normals(int64_t* rng, int64_t batch, int64_t tasks, double* out) {
+  return draw_normals(rng, batch, tasks, out, nullptr);
+}
+
+void serial_draw_normal(uint64_t seed, uint64_t step, int64_t b, int64_t tasks, double* out) {
+  flatmtl::SerialTeam team;
+  flatmtl::draw_normal(team, seed, step, b, tasks, out);
 }
 
 // Round trips of the stand-in conversions, checked against numpy's.

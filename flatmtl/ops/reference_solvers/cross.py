@@ -1,0 +1,83 @@
+"""SDMGrad and MoDo: weights from the products of two batches' gradients, A = J1 J2'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flatmtl.ops.reference_solvers._problem import (
+    activity_bits,
+    either_rank,
+    mapped,
+    pairs,
+)
+
+
+def _active(cross: Tensor) -> Tensor:
+    """cross [B, T, T] -> bool [B, T]: a row and a column that are finite, and not all zero.
+
+    A gradient with a NaN spoils its own row or column, and with it one entry of every other task's:
+    what counts is therefore only the block of tasks whose own product is finite.
+    """
+    alone = cross.diagonal(dim1=1, dim2=2).isfinite()
+    others = alone.unsqueeze(1)
+    finite = cross.isfinite()
+    sound = ((finite & finite.mT) | ~others).all(2)
+    rows = ((cross != 0) & others).any(2)
+    columns = ((cross.mT != 0) & others).any(2)
+    return alone & sound & rows & columns
+
+
+def _project(point: Tensor, active: Tensor) -> Tensor:
+    """The nearest point of the simplex of the active tasks; [B, T], exactly, by sorting."""
+    ordered = point.masked_fill(~active, -torch.inf).sort(1, descending=True).values
+    ordered = torch.where(ordered.isfinite(), ordered, 0.0)
+    count = torch.arange(1, point.shape[1] + 1, dtype=torch.float64, device=point.device)
+    excess = ordered.cumsum(1) - 1
+    held = (ordered * count > excess) & (count <= active.sum(1, keepdim=True))
+    last = (held.sum(1, keepdim=True) - 1).clamp(min=0)
+    level = excess.gather(1, last) / (last + 1)
+    return torch.where(active, (point - level).clamp(min=0), 0.0)
+
+
+def _remember(state: Tensor, w: Tensor, active: Tensor) -> None:
+    # where no task is active there is nothing to learn from
+    state.copy_(torch.where(active.any(1, keepdim=True), w, state))
+
+
+@either_rank(1)
+def solve_sdmgrad_(
+    cross: Tensor,
+    state: Tensor,
+    preference: Tensor | None,
+    lr: float,
+    momentum: float,
+    steps: int,
+    lambda_: float,
+) -> tuple[Tensor, Tensor]:
+    """cross [.., T, T], state [.., T], preference [T] -> weights [.., T], status [..]."""
+    tasks = cross.shape[1]
+    active = _active(cross)
+    cross = torch.where(pairs(active), cross, 0.0)
+    scale = cross.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1) / tasks
+    scale = torch.where(scale > 0, scale, 1.0).view(-1, 1, 1)
+    cross = cross / scale / scale
+    q = active.double() * (1 / tasks if preference is None else preference)
+    w = torch.where(active, state, 0.0)
+    velocity = torch.zeros_like(w)
+    for _ in range(steps):
+        velocity = momentum * velocity + mapped(cross, w + lambda_ * q)
+        w = _project(w - lr * velocity, active)
+    _remember(state, w, active)
+    return (w + lambda_ * q) / (1 + lambda_), activity_bits(active)
+
+
+@either_rank(1)
+def solve_modo_(cross: Tensor, state: Tensor, gamma: float, rho: float) -> tuple[Tensor, Tensor]:
+    """cross [.., T, T], state [.., T] -> weights [.., T], status [..]."""
+    active = _active(cross)
+    cross = torch.where(pairs(active), cross, 0.0)
+    w = torch.where(active, state, 0.0)
+    w = _project(w - gamma * (mapped(cross, w) + rho * w), active)
+    _remember(state, w, active)
+    return w, activity_bits(active)
