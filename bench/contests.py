@@ -296,6 +296,9 @@ def op_contest(name: str, inputs: Inputs, *, compile_: bool) -> Contest:
 # ---------------------------------------------------------------- the whole aggregate
 
 METHODS = ("mean", "pcgrad", "mgda")
+# measured at this P alone: with more columns, a method costs its two passes over J
+SOLVER_METHODS = ("upgrad", "cagrad", "nash_mtl", "imtl_g", "config")
+SOLVER_COLUMNS = 100_000
 
 
 def aggregate_contest(name: str, inputs: Inputs) -> Contest:
@@ -308,7 +311,7 @@ def aggregate_contest(name: str, inputs: Inputs) -> Contest:
     plain = peers.plain_torch(name)
     if plain is not None:
         others["plain torch"] = lambda: plain(inputs.jac())
-    torchjd = peers.torchjd_aggregator(name)
+    torchjd = peers.torchjd_aggregator(name, inputs.tasks)
     if torchjd is not None:
         others["TorchJD"] = lambda: torchjd(inputs.jac())
     # T^2 passes over whole gradients: seconds a call where both are large

@@ -26,6 +26,7 @@ import torch
 
 import flatmtl
 from bench import peers, race
+from bench import solvers as methods
 from bench.cases import Inputs, gram_with_conflict
 from bench.contests import (
     MATRIX_OPS,
@@ -192,12 +193,14 @@ def host_seconds(call: Call, device: str) -> float:
 def solvers(device: str, clock: Clock, tasks: tuple[int, ...], seconds: float) -> list[Record]:
     """Weightings on a Gram matrix: device time, wall time, and as graph replays; TorchJD beside them."""
     records: list[Record] = []
-    for name in ("pcgrad", "mgda"):
+    for name in methods.METHODS:
         for t in tasks:
+            if t < methods.least_tasks(name):
+                continue
             generator = torch.Generator().manual_seed(t)
             gram = gram_with_conflict(t, generator).to(device)
             theirs = gram.float()
-            weighting, torchjd = flatmtl.weighting.by_name(name), peers.torchjd_weighting(name)
+            weighting, torchjd = methods.ours(name, t), peers.torchjd_weighting(name)
             ours: Call = lambda w=weighting, g=gram: w(g)  # noqa: E731
             others: dict[str, Call] = {}
             if torchjd is not None:

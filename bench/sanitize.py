@@ -1,4 +1,4 @@
-"""Calls every op once at small awkward sizes on a device, for compute-sanitizer to watch.
+"""Calls every op and weighting once at small awkward sizes on a device, for compute-sanitizer to watch.
 
 compute-sanitizer --tool memcheck python -m bench.sanitize [--device cuda]
 
@@ -13,6 +13,7 @@ import os
 
 import torch
 
+from bench import solvers as methods
 from flatmtl import ops
 
 SIZES = [(1, 1), (2, 3), (3, 1025), (8, 4099), (9, 130), (17, 4099), (33, 515), (65, 260)]
@@ -35,9 +36,10 @@ def look(tasks: int, columns: int, dtype: torch.dtype, device: str, offset: int)
     results.append(ops.project(jac, torch.eye(tasks, dtype=torch.float64, device=device), wide_out))
     results.append(ops.affinity(gram, weights + 1, 0.1))
 
-    order = ops.draw_order_(torch.tensor([1, 0], device=device), tasks)[0]
-    results += ops.solve_pcgrad(gram, order)
-    results += ops.solve_mgda(gram)
+    for name in methods.METHODS:
+        if tasks >= methods.least_tasks(name):
+            for grams in (gram, gram.expand(2, tasks, tasks)):  # a state is of one shape
+                results.append(methods.ours(name, tasks)(grams))
 
     cut = columns // 3
     row, saved = torch.empty_like(jac[0]), sam[0].contiguous()
