@@ -20,6 +20,8 @@ def arguments(
     jac, sam, saved, row = rows(TASKS, SIZE), rows(TASKS, SIZE), rows(SIZE), rows(SIZE)
     half = small(batch, TASKS, TASKS + 2)
     gram = half @ half.mT
+    cross = half @ small(batch, TASKS + 2, TASKS)
+    simplex = torch.full((batch, TASKS), 1 / TASKS, dtype=torch.float64, device=device)
     order = torch.stack([torch.randperm(TASKS) for _ in range(batch * TASKS)])
     order = order.view(batch, TASKS, TASKS).to(device)
     params, offsets = [rows(4, 3), rows(20)], [1, 16]
@@ -38,7 +40,30 @@ def arguments(
         "restore_": (params, saved, offsets),
         "draw_order_": (torch.tensor([5, 6], device=device), TASKS, batch),
         "solve_pcgrad": (gram, order),
+        "solve_random_": (gram, torch.tensor([5, 6], device=device)),
+        "solve_pcgrad_drawn_": (gram, torch.tensor([5, 6], device=device)),
+        "solve_gradvac_drawn_": (
+            gram,
+            torch.tensor([5, 6], device=device),
+            torch.zeros_like(gram),
+            0.3,
+            1e-8,
+        ),
+        "scale_weights": (gram, small(batch, TASKS).abs(), 2, 0.5),
+        "solve_constant": (gram, small(TASKS), 0.5),
         "solve_mgda": (gram, 1e-10),
+        "solve_gradvac": (gram, order, 0.1 * small(batch, TASKS, TASKS).tanh(), 0.3, 1e-8),
+        "solve_dual_cone": (gram, small(TASKS).abs(), True, 1e-10),
+        "solve_cagrad": (gram, 0.4, 1, 1e-10),
+        "solve_alpha_fair": (gram, 2.0, small(TASKS).exp(), 1e-10),
+        "solve_nash_": (gram, torch.zeros_like(small(batch, TASKS + 1)), 1, 0.5, 1e-10),
+        "solve_imtl_g": (gram, 1e-10),
+        "solve_config": (gram, None, 1e-10),
+        "solve_aligned": (gram, None, 0, 2.0**-23),
+        "solve_pcd_": (gram, small(batch, TASKS + 1).abs(), 0.02, 0.9, 1e-8, 1e-10),
+        "solve_krum": (gram, 0, 1),
+        "solve_sdmgrad_": (cross, simplex, None, 0.5, 0.5, 4, 0.3),
+        "solve_modo_": (cross, simplex.clone(), 0.1, 0.1),
     }
 
 

@@ -70,7 +70,10 @@ def test_bodies_agree(name, dtype):
 @each_op
 def test_only_the_declared_arguments_are_written(name, dtype):
     written = {"combine": [2], "combine_flat": [4], "project": [2], "pack_row_": [0],
-               "perturb_": [0], "restore_": [0], "draw_order_": [0]}  # fmt: skip
+               "perturb_": [0], "restore_": [0], "draw_order_": [0], "solve_random_": [1],
+               "solve_pcgrad_drawn_": [1], "solve_gradvac_drawn_": [1, 2], "solve_gradvac": [2],
+               "solve_nash_": [1], "solve_pcd_": [1], "solve_sdmgrad_": [1],
+               "solve_modo_": [1]}  # fmt: skip
     args = arguments(dtype)[name]
     after = copied(args)
     overload(name)(*after)

@@ -10,6 +10,27 @@ from cases import dtypes, rows
 CASES = [(1, 300_007), (3, 100_003), (9, 50_001), (40, 20_011), (130, 4_111)]
 
 
+def solvers(body, gram: torch.Tensor, order: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    tasks = len(gram)
+    state, target = gram.new_zeros(tasks + 1), torch.zeros_like(gram)
+    simplex = gram.new_full((tasks,), 1 / tasks)
+    out = [
+        body.solve_mgda(gram, 1e-10), body.solve_dual_cone(gram, None, tasks <= 40, 1e-10),
+        body.solve_cagrad(gram, 0.4, 1, 1e-10), body.solve_alpha_fair(gram, 2.0, None, 1e-10),
+        body.solve_nash_(gram, state.clone(), 1, 1.0, 1e-10), body.solve_imtl_g(gram, 1e-10),
+        body.solve_config(gram, None, 1e-10), body.solve_aligned(gram, None, 0, 2.0**-23),
+        body.solve_pcd_(gram, state, 0.02, 0.999, 1e-8, 1e-10), body.solve_krum(gram, 0, 1),
+        body.solve_gradvac(gram, order, target, 0.5, 1e-8), body.solve_constant(gram, None, 0.5),
+        body.solve_sdmgrad_(gram, simplex, None, 0.1, 0.5, 5, 0.3),
+        body.solve_modo_(gram, simplex, 0.1, 0.1),
+        body.solve_random_(gram, torch.tensor([3, 4], device=gram.device)),
+        body.solve_pcgrad_drawn_(gram, torch.tensor([3, 4], device=gram.device)),
+        body.solve_gradvac_drawn_(
+            gram, torch.tensor([3, 4], device=gram.device), target.clone(), 0.5, 1e-8),
+    ]  # fmt: skip
+    return [*out, (state, target, simplex, body.scale_weights(gram, out[3][0], 2, 0.5))]
+
+
 def everything(body, jac, sam, a, b, grads, offsets) -> list[torch.Tensor]:
     tasks, size = jac.shape
     out, flat = (torch.empty(size, dtype=jac.dtype, device=jac.device) for _ in range(2))
@@ -25,7 +46,7 @@ def everything(body, jac, sam, a, b, grads, offsets) -> list[torch.Tensor]:
     gram = body.gram(jac)
     order = body.draw_order_(torch.tensor([3, 4], device=jac.device), tasks, 1)
     k = body.solve_pcgrad(gram[None], order)
-    v = body.solve_mgda(gram[None], 1e-10)
+    v = [t for solver in solvers(body, gram, order[0]) for t in solver]
     others = [body.gram_difference(sam, jac), body.row_norms(jac), sq, asam, order]
     return [out, flat, projected, row, gram, *params, *k, *v, *others]
 

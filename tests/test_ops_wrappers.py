@@ -79,6 +79,44 @@ def test_solvers_take_one_gram_or_a_batch(device, rng):
     assert torch.equal(v[1], v0) and torch.equal(t[1], t0) and torch.equal(r[1], r0)
 
 
+SOLVERS = {
+    "solve_constant": {}, "solve_mgda": {}, "solve_dual_cone": {"each": True},
+    "solve_cagrad": {"c": 0.4}, "solve_alpha_fair": {"alpha": 2.0}, "solve_imtl_g": {},
+    "solve_config": {}, "solve_aligned": {}, "solve_krum": {"byzantine": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_takes_one_gram_or_a_batch(name, device, rng):
+    jac = rows(rng, (2, 4, 30), torch.float64, device)
+    grams = jac @ jac.mT
+    solve = getattr(ops, name)
+    many, first = solve(grams, **SOLVERS[name]), solve(grams[0], **SOLVERS[name])
+    assert many[0].shape == (2, 4) and all(t.shape == (2,) for t in many[1:])
+    for batched, one in zip(many, first, strict=True):
+        assert torch.equal(batched[0], one)
+    assert many[0].dtype == torch.float64 and many[1].dtype == torch.int64
+    nothing = solve(grams[:0], **SOLVERS[name])
+    assert nothing[0].shape == (0, 4) and all(t.shape == (0,) for t in nothing[1:])
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_takes_float32_and_any_strides(name, device, rng):
+    jac = rows(rng, (4, 30), torch.float32, device)
+    gram = jac @ jac.T
+    wide = torch.full((4, 9), float("nan"), device=device)
+    wide[:, 1:5] = gram
+    solve = getattr(ops, name)
+    options = SOLVERS[name] if name in ("solve_constant", "solve_aligned", "solve_krum") else {
+        **SOLVERS[name], "ridge": 1e-6}  # fmt: skip
+    for a, b, c in zip(
+        solve(gram, **SOLVERS[name]),  # its ridge is that of its dtype
+        solve(gram.double(), **options),
+        solve(wide[:, 1:5], **SOLVERS[name]),
+    ):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
 def test_no_gradient_is_recorded(rng):
     jac = rows(rng, (3, 20), torch.float32)
     w = torch.ones(3, dtype=torch.float64)

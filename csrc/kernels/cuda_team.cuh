@@ -12,6 +12,7 @@ namespace flatmtl::kernels {
 struct BlockTeam {
   template <class F>
   __device__ void each(int64_t n, F f) const {
+#pragma unroll 1  // mostly one turn: unrolling would only cost registers and code
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x) f(i);
     __syncthreads();
   }
@@ -30,6 +31,7 @@ struct BlockTeam {
   template <class F>
   __device__ double sum(int64_t n, F f) const {
     double total = 0;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x) total += f(i);
     return block_sum(total);
   }
@@ -39,6 +41,7 @@ struct BlockTeam {
     if (n == 0) return 0;
     // Members without an item repeat the last one: no sentinel value is needed.
     double largest = f(threadIdx.x < n ? threadIdx.x : n - 1);
+#pragma unroll 1
     for (int64_t i = threadIdx.x + blockDim.x; i < n; i += blockDim.x) {
       const double value = f(i);
       largest = value > largest ? value : largest;

@@ -21,7 +21,7 @@ struct Cagrad {
   double ridge;
 
   FLATMTL_HD static int64_t work(int64_t tasks) {
-    return Opened::work(tasks) + nnqp_work(tasks) + 7 * tasks;
+    return Opened::work(tasks) + nnqp_work(tasks) + 6 * tasks;
   }
 
   template <class Team>
@@ -31,8 +31,7 @@ struct Cagrad {
     double* beta = u + n;                   // [T] <g_i, g0> / n_i
     double* right = beta + n;               // [T] t u - beta
     double* y = right + n;                  // [T]
-    double* image = y + n;                  // [T]
-    double* row = image + n;                // [T]
+    double* row = y + n;                    // [T]
     double* held = row + n;                 // [T] the support of the last round
     double* inner = held + n;
     const Opened o = open(team, p, scratch, inner);
@@ -53,24 +52,23 @@ struct Cagrad {
     const double factor = rescale == 1 ? 1 / (1 + c * c) : rescale == 2 ? 1 / (1 + c) : 1.0;
 
     int64_t bits = 0;
-    double error = 0;
+    team.one([&] { *p.residual = 0; });
     if (radius > 1e-14 * sum_norm / tasks) {
       bits = with_rising_ridge(team, o, n, ridge, [&](double used) {
-        return search(team, p, o, radius, used, u, beta, right, y, image, row, held, inner, &error);
+        return search(team, p, o, radius, used, u, beta, right, y, row, held, inner);
       });
       // The combination sum_i x_i g_i, without the ridge, against the lengths it is made of. Next
       // to nothing: the gradients cancel, the point is Pareto-stationary.
-      team.each(n, [&](int64_t i) {
+      const double square = team.sum(n, [&](int64_t i) {
         double s = 0;
         for (int64_t j = 0; j < n; ++j) s += (i == j ? 1.0 : o.cosine[i * n + j]) * y[j];
-        row[i] = y[i] * s;
+        return y[i] * s;
       });
-      const double square = team.sum(n, [&](int64_t i) { return row[i]; });
       const double least = 1e-6 * team.sum(n, [&](int64_t i) { return y[i]; });
       if (square < least * least) {
         bits = kFallback;
-        error = 0;
         team.each(n, [&](int64_t i) { y[i] = 0; });
+        team.one([&] { *p.residual = 0; });
       }
     } else {
       team.each(n, [&](int64_t i) { y[i] = 0; });
@@ -78,18 +76,17 @@ struct Cagrad {
     team.each(n, [&](int64_t i) {
       p.weights[i] = o.active[i] != 0 ? (1 / tasks + y[i] * u[i]) * factor : 0.0;
     });
-    conclude(team, p, o, bits, error);
+    conclude(team, p, o, bits, *p.residual);
   }
 
  private:
   static constexpr double kHuge = 1e300;
 
-  // psi(t) = radius. y: the solution; *error: its residual. True if sound.
+  // psi(t) = radius. y: the solution; *p.residual: its residual. True if sound.
   template <class Team>
   FLATMTL_HD static bool search(Team& team, const Problem& p, const Opened& o, double radius,
                                 double ridge, const double* u, const double* beta, double* right,
-                                double* y, double* image, double* row, double* held, double* inner,
-                                double* error) {
+                                double* y, double* row, double* held, double* inner) {
     const int64_t n = p.tasks;
     // t lies between min b, where psi = 0, and min (b + K n), which Cauchy and Schwarz allow.
     const double reach = radius * sqrt(1 + ridge);
@@ -105,29 +102,25 @@ struct Cagrad {
       team.each(n, [&](int64_t i) { right[i] = t * u[i] - beta[i]; });
       const bool sound = nnqp(team, o.cosine, right, o.active, n, inner, y, p.residual);
       const double equations = *p.residual;
-      if (!sound) {
-        *error = equations;
-        return false;
-      }
-      team.each(n, [&](int64_t i) {
-        double s = 0, magnitude = 0;
-        for (int64_t j = 0; j < n; ++j) {
-          const double term = o.cosine[i * n + j] * y[j];
-          s += term;
-          magnitude += fabs(term);
-        }
-        image[i] = y[i] * s;
-        row[i] = y[i] * magnitude;
+      if (!sound) return false;
+      const double square = team.sum(n, [&](int64_t i) {
+        double s = 0;
+        for (int64_t j = 0; j < n; ++j) s += o.cosine[i * n + j] * y[j];
+        return y[i] * s;
       });
-      const double square = team.sum(n, [&](int64_t i) { return image[i]; });
-      const double magnitude = team.sum(n, [&](int64_t i) { return row[i]; });
+      const double magnitude = team.sum(n, [&](int64_t i) {
+        double s = 0;
+        for (int64_t j = 0; j < n; ++j) s += fabs(o.cosine[i * n + j]) * y[j];
+        return y[i] * s;
+      });
       const double slope = team.sum(n, [&](int64_t i) { return y[i] * u[i]; });
       const double target = radius * radius, excess = square - target;
       const double gap = backward_error(excess, magnitude + target);
-      *error = gap > equations ? gap : equations;
+      team.one([&] { *p.residual = gap > equations ? gap : equations; });
       // The step from the right support is exact; a second one takes out the first one's rounding.
-      team.each(n, [&](int64_t i) { image[i] = (y[i] > 0) == (held[i] > 0) ? 0.0 : 1.0; });
-      const bool same = exact && team.max(n, [&](int64_t i) { return image[i]; }) == 0;
+      const bool same = exact && team.max(n, [&](int64_t i) {
+        return (y[i] > 0) == (held[i] > 0) ? 0.0 : 1.0;
+      }) == 0;
       unchanged = same ? unchanged + 1 : 0;
       team.each(n, [&](int64_t i) { held[i] = y[i] > 0 ? 1.0 : 0.0; });
       if (unchanged >= 3 || (unchanged >= 1 && fabs(excess) <= 1e-13 * target)) break;
@@ -149,7 +142,7 @@ struct Cagrad {
       if (!(next > low && next < high)) break;  // the bracket is down to neighbouring numbers
       t = next;
     }
-    return *error <= kTolerance;
+    return *p.residual <= kTolerance;
   }
 };
 
