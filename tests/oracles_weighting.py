@@ -355,7 +355,7 @@ def fair_scipy(gram: Array, alpha: float, c: Array | float = 1.0) -> Array:
     def equations(v: Array) -> Array:
         return cosine @ np.exp(v) / (k * np.exp(-v / alpha)) - 1
 
-    start = np.log(fair(gram, alpha, c) * n) + 0.1 * np.cos(np.arange(len(n)))
+    start = np.log(fair(gram, alpha, c) * n) + 0.01 * np.cos(np.arange(len(n)))
     found = scipy.optimize.root(equations, start, method="hybr", options={"xtol": 1e-15})
     return np.exp(found.x) / n
 

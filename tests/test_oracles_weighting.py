@@ -60,7 +60,7 @@ def test_fair_solves_its_equations(name, tasks, alpha, rng):
     g = oracles.gram(family(rng, name, tasks, tasks + 20))
     w = ow.fair(g, alpha, ridge=RIDGE)
     assert ow.fair_residual(g, w, alpha, ridge=RIDGE).rows < 1e-11
-    if name in ("iid", "scales"):
+    if name == "iid":
         np.testing.assert_allclose(w, ow.fair_scipy(g, alpha), rtol=1e-8)
         c = rng.uniform(0.5, 2, tasks)
         v = ow.fair(g, alpha, c)
@@ -170,7 +170,7 @@ def test_normal_is_normal():
 
 def test_residuals_can_fail(rng):
     """Weights off by a thousandth are off by about as much in the residual."""
-    jac = family(rng, "iid", 4, 24)
+    jac = family(rng, "iid", 4, 2000)  # nearly orthogonal: every task has a part in every solution
     g, u = oracles.gram(jac), np.full(4, 0.25)
     s = ow.pcd_scales(np.diag(g), 1e-8)[0]
     nudge = np.array([1.001, 1, 1, 1])

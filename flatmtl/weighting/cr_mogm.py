@@ -58,10 +58,9 @@ class CRMOGM(Stateful):
         weights = self.weighting(gram)
         if self._held is None:
             initial = _options.placed("initial", self.initial, gram)
-            average = weights if initial is None else initial.expand_as(weights)
-        else:
-            average = self._state_for(gram)
-        self._held = average = weights.lerp(average, self.alpha)
+            self._held = (weights if initial is None else initial.expand_as(weights)).clone()
+        # in place, so that a captured CUDA graph moves it at every replay
+        average = self._state_for(gram).lerp_(weights, 1 - self.alpha)
         return self._masked(gram, average), self.weighting.last_status()
 
     def _masked(self, gram: Tensor, weights: Tensor) -> Tensor:
