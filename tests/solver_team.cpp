@@ -43,7 +43,7 @@ class ShuffledTeam {
     double largest = 0;
     const std::vector<double> all = values(n, f);
     for (int64_t i = 0; i < n; ++i)
-      if (i == 0 || all[i] > largest) largest = all[i];
+      if (i == 0 || all[i] > largest || all[i] != all[i]) largest = all[i];
     return largest;
   }
   template <class F>

@@ -44,7 +44,7 @@ struct BlockTeam {
 #pragma unroll 1
     for (int64_t i = threadIdx.x + blockDim.x; i < n; i += blockDim.x) {
       const double value = f(i);
-      largest = value > largest ? value : largest;
+      largest = value > largest || value != value ? value : largest;
     }
     return block_max(largest);
   }

@@ -38,10 +38,10 @@ __device__ inline double block_sum(double x) {
   return total;
 }
 
-// The largest x of the block, on every thread.
+// The largest x of the block, on every thread; NaN if there is one.
 __device__ inline double block_max(double x) {
   __shared__ double warps[kWarp];
-  const auto larger = [](double a, double b) { return b > a ? b : a; };
+  const auto larger = [](double a, double b) { return b > a || b != b ? b : a; };
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2)
     x = larger(x, __shfl_xor_sync(~0u, x, offset));

@@ -53,7 +53,7 @@ struct Cagrad {
 
     int64_t bits = 0;
     team.one([&] { *p.residual = 0; });
-    if (radius > 1e-14 * sum_norm / tasks) {
+    if (radius > 1e-8 * sum_norm / tasks) {  // below, ||g0|| is the rounding of G
       bits = with_rising_ridge(team, o, n, ridge, [&](double used) {
         return search(team, p, o, radius, used, u, beta, right, y, row, held, inner);
       });
@@ -100,7 +100,7 @@ struct Cagrad {
     bool exact = false;  // t came from the parabola of the last support
     for (int round = 0; round < 60; ++round) {
       team.each(n, [&](int64_t i) { right[i] = t * u[i] - beta[i]; });
-      const bool sound = nnqp(team, o.cosine, right, o.active, n, inner, y, p.residual);
+      const bool sound = nnqp(team, o.cosine, right, o.active, n, inner, y, p.residual, round > 0);
       const double equations = *p.residual;
       if (!sound) return false;
       const double square = team.sum(n, [&](int64_t i) {

@@ -1,5 +1,6 @@
 // Nash-MTL (Navon et al., arXiv 2202.01017): alpha-fair weights with alpha = 1, computed at every
-// `every`-th call and used again in between (the paper's update_weights_every).
+// `every`-th call and used again in between (the paper's update_weights_every), unless a task has
+// no weight yet that has a gradient now.
 //
 // The state, [T + 1] a problem, lies on the device: the last good weights, then the number of
 // calls. They are also what a solve that fails falls back to, as the official code does.
@@ -28,7 +29,7 @@ struct Nash {
     if (o.status & kInvalidGram) return give_up(team, p, o.status);
     if (o.alive == 0) {
       give_up(team, p, o.status);
-    } else if (call % every != 0) {
+    } else if (call % every != 0 && !lacks_one(team, o, kept, n)) {
       reuse(team, p, o, kept, 0);
     } else {
       double error = 0;
@@ -49,6 +50,14 @@ struct Nash {
   }
 
  private:
+  // An active task without a kept weight (they are all positive): it was inactive at the last
+  // solve, or there was none. It must not wait for the next one.
+  template <class Team>
+  FLATMTL_HD static bool lacks_one(Team& team, const Opened& o, const double* kept, int64_t n) {
+    return team.max(n, [&](int64_t i) { return o.active[i] != 0 && !(kept[i] > 0) ? 1.0 : 0.0; }) !=
+           0;
+  }
+
   template <class Team>
   FLATMTL_HD static void reuse(Team& team, const Problem& p, const Opened& o, const double* kept,
                                int64_t bits) {

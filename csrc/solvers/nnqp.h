@@ -17,10 +17,11 @@ FLATMTL_HD inline int64_t nnqp_work(int64_t n) { return n * n + 4 * n + 4; }
 // matrix: [n, n], b: [n], use: [n] (0: y_i stays 0), y: [n] out. *residual: the backward error of
 // C y = b on the passive set and C y >= b off it. Returns true if the answer is sound: the active
 // set ended, and the equations hold also in the plain sense, up to what rounding leaves of b where
-// y is large (near-singular problems).
+// y is large (near-singular problems). warm: `work` is as a call with the same matrix and `use` has
+// left it, and its passive set is where this one begins.
 template <class Team>
 FLATMTL_HD bool nnqp(Team& team, const double* matrix, const double* b, const double* use,
-                     int64_t n, double* work, double* y, double* residual) {
+                     int64_t n, double* work, double* y, double* residual, bool warm = false) {
   double* factor = work;
   double* z = factor + n * n;
   double* slack = z + n;
@@ -41,6 +42,46 @@ FLATMTL_HD bool nnqp(Team& team, const double* matrix, const double* b, const do
   const int64_t limit = 3 * n + 10;
   int64_t count = 0;
   bool converged = false;
+
+  // A first passive set: the one before, or all that would grow alone. Those that come out negative
+  // leave together; what is left is where the method proper begins.
+  if (warm) {
+    count = static_cast<int64_t>(*remaining);
+  } else {
+    team.one([&] {
+      int64_t first = 0;
+      for (int64_t i = 0; i < n; ++i)
+        if (use[i] != 0 && b[i] > 0) list[first++] = i;
+      *remaining = static_cast<double>(first);
+    });
+    const int64_t first = static_cast<int64_t>(*remaining);
+    while (count < first && append_row(team, matrix, n, list, count, ridge_floor, factor)) ++count;
+  }
+  while (count > 0) {
+    team.each(count, [&](int64_t k) { z[k] = b[list[k]]; });
+    cholesky_solve(team, factor, n, count, z);
+    team.one([&] {
+      int64_t kept = 0, changed = count;
+      for (int64_t k = 0; k < count; ++k) {
+        if (z[k] > 0)
+          list[kept++] = list[k];
+        else if (k < changed)
+          changed = k;
+      }
+      *remaining = static_cast<double>(kept);
+      *first_changed = static_cast<double>(changed < kept ? changed : kept);
+    });
+    const int64_t kept = static_cast<int64_t>(*remaining);
+    if (kept == count) {
+      team.each(count, [&](int64_t k) {
+        y[list[k]] = z[k];
+        state[list[k]] = 1;
+      });
+      break;
+    }
+    count = static_cast<int64_t>(*first_changed);
+    while (count < kept && append_row(team, matrix, n, list, count, ridge_floor, factor)) ++count;
+  }
 
   for (int64_t round = 0; round < limit; ++round) {
     // slack: how far y_i = 0 is from optimal, 0 where that is within rounding

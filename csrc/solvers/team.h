@@ -6,7 +6,7 @@
 //                               every write is visible to all members when the phase returns
 //   team.each2(rows, cols, f)   the same over (row, col)
 //   team.sum(n, f)              sum of f(i), the same bits on every member, in a fixed order
-//   team.max(n, f)              the largest f(i), 0 if n == 0
+//   team.max(n, f)              the largest f(i), 0 if n == 0, NaN if one is
 //   team.one(f)                 one member runs f; visible to all when it returns
 //
 // Scalars computed outside a phase are computed by every member from the same data, so control flow
@@ -54,7 +54,7 @@ struct SerialTeam {
     double largest = 0;
     for (int64_t i = 0; i < n; ++i) {
       const double value = f(i);
-      if (i == 0 || value > largest) largest = value;
+      if (i == 0 || value > largest || value != value) largest = value;
     }
     return largest;
   }

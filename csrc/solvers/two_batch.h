@@ -30,7 +30,12 @@ FLATMTL_HD int64_t find_active_cross(Team& team, const double* cross, int64_t n,
 template <class Team>
 FLATMTL_HD void project_on_simplex(Team& team, const double* active, int64_t n, double* x,
                                    double* held) {
-  team.each(n, [&](int64_t i) { held[i] = active[i]; });
+  // Relative to the largest: the projection does not change, and huge entries do not cancel.
+  const double top = team.max(n, [&](int64_t i) { return active[i] != 0 ? x[i] : -1e300; });
+  team.each(n, [&](int64_t i) {
+    held[i] = active[i];
+    x[i] -= top;
+  });
   double threshold = 0;
   for (int64_t round = 0; round <= n; ++round) {
     const double count = team.sum(n, [&](int64_t i) { return held[i]; });

@@ -85,7 +85,8 @@ def gram(name: str, value: object) -> Tensor:
     result = tensor(name, value, SMALL_TYPES)
     if result.dim() not in (2, 3) or result.shape[-1] != result.shape[-2] or result.shape[-1] < 1:
         raise ValueError(f"{name} must have shape [T, T] or [B, T, T], got {list(result.shape)}")
-    return result
+    # weights are not differentiable: the graph behind a Gram matrix ends here
+    return result.detach() if result.requires_grad else result
 
 
 def segments(name: str, tensors: Sequence[Tensor], offsets: Sequence[int], row: Tensor) -> None:

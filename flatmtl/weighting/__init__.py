@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, NamedTuple
 
 from flatmtl.weighting._base import SolveStatus, Weighting
@@ -137,5 +138,7 @@ def by_name(name: str, **options: Any) -> Weighting:  # noqa: ANN401
         raise TypeError(f"name must be a string, got {type(name).__name__}")
     method = _BY_PLAIN_NAME.get(_plain(name))
     if method is None:
-        raise ValueError(f"name must be one of {', '.join(sorted(METHODS))}, got {name!r}")
+        near = difflib.get_close_matches(name.lower(), METHODS, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"name must be one of {', '.join(sorted(METHODS))}, got {name!r}{hint}")
     return method(**options)

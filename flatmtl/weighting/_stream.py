@@ -52,7 +52,7 @@ class Seeded(Weighting):
     def twin(self: S) -> S:
         """A copy with another random stream, and a state of its own."""
         other = super().twin()
-        other.seed = self.seed ^ _TWIN
+        other.seed = (self.seed + _TWIN) % 2**64
         return other
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Ordered(Seeded):
             row = torch.arange(tasks) if tasks > 0 else None
             if row is None or not torch.equal(order.cpu().sort(1).values, row.expand(tasks, tasks)):
                 raise ValueError(f"order must be [T, T], a permutation a row, got {order}")
-        self.order = order
+        self.order = None if order is None else order.clone()
 
     def _order_for(self, gram: Tensor) -> Tensor:
         """The fixed order for a checked Gram matrix, in its shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flatmtl.weighting import _options
@@ -14,7 +15,7 @@ class CRMOGM(Stateful):
     """Correlation-reduced multi-objective gradient manipulation (Zhou et al., NeurIPS 2022).
 
     An exponential average of another method's weights: lambda_k = alpha lambda_(k-1) + (1 - alpha) w_k.
-    A task whose gradient is zero or not finite gets 0 in that call; its average goes on.
+    A task whose gradient is zero or not finite gets 0 in that call, and its average stays as it is.
 
     Args:
         weighting: the method whose weights are smoothed.
@@ -54,14 +55,22 @@ class CRMOGM(Stateful):
         )
         self.diagonal_only = weighting.diagonal_only and max_norm is None
 
+    def _start(self, gram: Tensor) -> Tensor:
+        # NaN: a task that has had no weight yet begins with its first one
+        shape = self._size(gram)
+        initial = _options.placed("initial", self.initial, gram)
+        if initial is not None:
+            return initial.expand(shape).clone()
+        return torch.full(shape, torch.nan, dtype=torch.float64, device=gram.device)
+
     def _solve(self, gram: Tensor) -> tuple[Tensor, SolveStatus]:
         weights = self.weighting(gram)
-        if self._held is None:
-            initial = _options.placed("initial", self.initial, gram)
-            self._held = (weights if initial is None else initial.expand_as(weights)).clone()
+        held = self._state_for(gram)
+        here = self._masked(gram, torch.ones_like(weights)) != 0
+        moved = torch.where(held.isnan(), weights, held.lerp(weights, 1 - self.alpha))
         # in place, so that a captured CUDA graph moves it at every replay
-        average = self._state_for(gram).lerp_(weights, 1 - self.alpha)
-        return self._masked(gram, average), self.weighting.last_status()
+        held.copy_(torch.where(here, moved, held))
+        return torch.where(here, held, 0.0), self.weighting.last_status()
 
     def _masked(self, gram: Tensor, weights: Tensor) -> Tensor:
         return self.weighting._masked(gram, weights)

@@ -131,7 +131,8 @@ def solve_nash_(
     """gram [.., T, T], last [.., T + 1] -> weights [.., T], status [..], residual [..]."""
     problem = open_gram(gram)
     kept, calls = last[:, :-1], last[:, -1:]
-    due = (calls % every == 0).squeeze(1)
+    # a task without a kept weight that has a gradient now must not wait for its turn
+    due = (calls % every == 0).squeeze(1) | (problem.active & ~(kept > 0)).any(1)
     weights, bits, residual = conclude(problem, *_solve(problem, 1.0, None, ridge))
     failed = (bits & NOT_CONVERGED) != 0
     some = problem.active.any(1)

@@ -95,7 +95,7 @@ def solve_cagrad(
     along = torch.where(active, mapped(problem.cosine, relative), 0.0) / tasks
     g0 = (relative * along).sum(1, keepdim=True).clamp(min=0).div(tasks).sqrt()
     radius = c * g0  # K
-    still = ~(radius > 1e-14)
+    still = ~(radius > 1e-8)  # below, ||g0|| is the rounding of G
     radius = torch.where(still, 1.0, radius)
     # in units of K: y'Cy = 1, C y + beta >= t u; u = 1/n relative to the largest
     beta, u = along / radius, problem.inverse * least

@@ -30,6 +30,9 @@ def _active(cross: Tensor) -> Tensor:
 
 def _project(point: Tensor, active: Tensor) -> Tensor:
     """The nearest point of the simplex of the active tasks; [B, T], exactly, by sorting."""
+    # relative to the largest: the projection does not change, and huge entries do not cancel
+    top = point.masked_fill(~active, -torch.inf).amax(1, keepdim=True)
+    point = point - torch.where(top.isfinite(), top, 0.0)
     ordered = point.masked_fill(~active, -torch.inf).sort(1, descending=True).values
     ordered = torch.where(ordered.isfinite(), ordered, 0.0)
     count = torch.arange(1, point.shape[1] + 1, dtype=torch.float64, device=point.device)
