@@ -486,3 +486,24 @@ def test_wrappers_take_what_the_contract_says():
     # opposite units: G w = 1 / w, (C_ii - 1) w = 1 / w at w = ridge^-1/2
     np.testing.assert_allclose(loose, [1e3, 1e3], rtol=1e-6)
     np.testing.assert_allclose(tight, [1e5, 1e5], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_graph_behind_the_weights(name, rng):
+    jac = torch.from_numpy(rng.standard_normal((4, 9))).requires_grad_()
+    weighting = make(name, 4)
+    for _ in range(2):
+        w = weighting(jac @ jac.mT)
+        assert not w.requires_grad and not weighting.last_status().bits.requires_grad
+    weighting.twin()
+    assert not any(torch.is_tensor(v) and v.requires_grad for v in weighting.state_dict().values())
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e9, 1e14])
+@pytest.mark.parametrize("name", ["modo", "sdmgrad"])
+def test_weights_on_the_simplex_at_any_scale(name, size, rng):
+    jac = size * torch.from_numpy(rng.standard_normal((4, 20)))
+    weighting = make(name, 4)
+    for _ in range(3):
+        w = weighting(jac @ jac.mT)
+        assert (w >= 0).all() and abs(float(w.sum()) - 1) <= 1e-12

@@ -239,3 +239,39 @@ def test_compiles_for_other_task_counts(tasks, rng):
     for name in ("cagrad", "rlw"):
         given = [torch.from_numpy(oracles.gram(family(rng, "iid", tasks, 30)))]
         check_compiled(make(name, tasks), make(name, tasks), given)
+
+
+# ---- tasks that come and go ------------------------------------------------------------------
+
+
+def test_nash_does_not_keep_a_task_out(rng):
+    """A task without a gradient at a solve gets its weight as soon as it has one."""
+    jac = torch.from_numpy(rng.standard_normal((3, 9)))
+    gram = jac @ jac.mT
+    bad = gram.clone()
+    bad[1], bad[:, 1] = torch.nan, torch.nan
+    for first in (bad, torch.zeros_like(gram)):
+        weighting, fresh = make("nash_mtl", 3, update_every=5), make("nash_mtl", 3)
+        weighting(first)
+        torch.testing.assert_close(weighting(gram), fresh(gram), rtol=1e-12, atol=0)
+        assert weighting.last_status().ok
+        torch.testing.assert_close(weighting(gram), fresh(gram), rtol=1e-12, atol=0)  # kept
+
+
+def test_cr_mogm_averages_only_tasks_that_take_part(rng):
+    eye = torch.eye(3, dtype=torch.float64)
+    without = torch.diag(torch.tensor([1.0, 0, 1], dtype=torch.float64))
+    weighting = make("cr_mogm", 3, alpha=0.5)
+    assert (weighting(torch.zeros(3, 3, dtype=torch.float64)) == 0).all()
+    torch.testing.assert_close(weighting(without), 0.5 * without.diagonal())
+    third = 1 / 3
+    expected = torch.tensor([0.25 + third / 2, third, 0.25 + third / 2], dtype=torch.float64)
+    torch.testing.assert_close(weighting(eye), expected)
+    two = make("cr_mogm", 3, weighting=make("sdmgrad", 3))
+    two(eye)
+    assert two(without)[1] == 0
+
+
+def test_twins_of_twins_have_streams_of_their_own():
+    one = make("pcgrad", seed=5)
+    assert len({one.seed, one.twin().seed, one.twin().twin().seed}) == 3
