@@ -13,19 +13,18 @@ from flatmtl.ops.reference_solvers._problem import (
 )
 
 
-def _active(cross: Tensor) -> Tensor:
-    """cross [B, T, T] -> bool [B, T]: a row and a column that are finite, and not all zero.
+def find_active_cross(cross: Tensor) -> Tensor:
+    """cross [.., T, T] -> bool [.., T]: a row and a column that are finite, and not all zero.
 
     A gradient with a NaN spoils its own row or column, and with it one entry of every other task's:
-    what counts is therefore only the block of tasks whose own product is finite.
+    a product with a task whose own is not finite counts against that task alone
+    (csrc/solvers/two_batch.h has the same).
     """
-    alone = cross.diagonal(dim1=1, dim2=2).isfinite()
-    others = alone.unsqueeze(1)
+    own = cross.diagonal(dim1=-2, dim2=-1).isfinite()
     finite = cross.isfinite()
-    sound = ((finite & finite.mT) | ~others).all(2)
-    rows = ((cross != 0) & others).any(2)
-    columns = ((cross.mT != 0) & others).any(2)
-    return alone & sound & rows & columns
+    sound = ((finite & finite.mT) | ~own.unsqueeze(-2)).all(-1)
+    some = finite & (cross != 0)
+    return own & sound & some.any(-1) & some.any(-2)
 
 
 def _project(point: Tensor, active: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ def solve_sdmgrad_(
 ) -> tuple[Tensor, Tensor]:
     """cross [.., T, T], state [.., T], preference [T] -> weights [.., T], status [..]."""
     tasks = cross.shape[1]
-    active = _active(cross)
+    active = find_active_cross(cross)
     cross = torch.where(pairs(active), cross, 0.0)
     scale = cross.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(1) / tasks
     scale = torch.where(scale > 0, scale, 1.0).view(-1, 1, 1)
@@ -78,7 +77,7 @@ def solve_sdmgrad_(
 @either_rank(1)
 def solve_modo_(cross: Tensor, state: Tensor, gamma: float, rho: float) -> tuple[Tensor, Tensor]:
     """cross [.., T, T], state [.., T] -> weights [.., T], status [..]."""
-    active = _active(cross)
+    active = find_active_cross(cross)
     cross = torch.where(pairs(active), cross, 0.0)
     w = torch.where(active, state, 0.0)
     w = _project(w - gamma * (mapped(cross, w) + rho * w), active)
