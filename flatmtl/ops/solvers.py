@@ -308,7 +308,7 @@ def solve_alpha_fair(
 
     Args:
         gram: [T, T] or [B, T, T].
-        alpha: above 0 and at most 5; 1 is Nash-MTL's equation, 2 what the paper's experiments use.
+        alpha: above 0 and at most 5; 1 is Nash-MTL's equation, 2 what the released scripts use.
         preference: c, [T], every entry positive (not read here); None: ones.
         ridge: see the module.
 
