@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _VECTORS = ("losses", "weights", "flat_weights", "norms", "sharpness")
 _SCALARS = ("status", "flat_status", "residual")
+_WHOLE = ("status", "flat_status")
 
 
 class History:
@@ -75,15 +77,18 @@ class History:
         counters = memory[-2:].view(torch.int64)
         self._count = counters[:1]  # steps recorded so far
         self._first = counters[1:]  # the first one not cleared away
-        self._row = torch.empty(self._width, dtype=torch.float64, device=device)
-        self._rows = self._row.unsqueeze(0)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        nan = torch.full((1,), torch.nan, dtype=torch.float64, device=device)
-        self._no_scalar = nan
-        self._no_vector = nan.expand(tasks)
-        self._no_gram = nan.expand(tasks * (tasks + 1) // 2)
-        self._vector_shape = torch.Size([tasks])
-        self._gram_shape = torch.Size([tasks, tasks])
+        self._capacity = torch.full_like(self._position, self.capacity)
+        self._one = torch.ones_like(self._position)
+        self._row = torch.empty(1, self._width, dtype=torch.float64, device=device)
+        fields = self._row[0].split(
+            [tasks] * len(_VECTORS) + [1] * len(_SCALARS) + [tasks * (tasks + 1) // 2]
+        )
+        self._fields = dict(zip((*_VECTORS, *_SCALARS, "gram"), fields, strict=True))
+        for name in _SCALARS:
+            self._fields[name] = self._fields[name].squeeze(0)
+        self._shapes = {name: field.shape for name, field in self._fields.items()}
+        self._shapes["gram"] = torch.Size([tasks, tasks])
         rows, columns = torch.triu_indices(tasks, tasks, device=device)
         self._triangle = rows * tasks + columns
 
@@ -141,55 +146,49 @@ class History:
         Raises:
             ValueError, TypeError: a tensor does not fit. Nothing is recorded then.
         """
-        if gram is None:
-            triangle = self._no_gram
-        else:
-            self._check("gram", gram, self._gram_shape)
-            triangle = gram.reshape(-1).index_select(0, self._triangle)
-        parts = (
-            self._vector("losses", losses),
-            self._vector("weights", weights),
-            self._vector("flat_weights", flat_weights),
-            self._vector("norms", norms),
-            self._vector("sharpness", sharpness),
-            self._scalar("status", status, whole=True),
-            self._scalar("flat_status", flat_status, whole=True),
-            self._scalar("residual", residual),
-            triangle,
-        )
-        torch.cat(parts, out=self._row)
+        if losses is None:
+            raise TypeError("losses must be a Tensor, got None")
+        given = {
+            "losses": losses,
+            "weights": weights,
+            "flat_weights": flat_weights,
+            "norms": norms,
+            "sharpness": sharpness,
+            "status": status,
+            "flat_status": flat_status,
+            "residual": residual,
+            "gram": gram,
+        }
+        targets, sources = [], []
+        for name, value in given.items():
+            if value is not None:
+                self._check(name, value)
+                targets.append(self._fields[name])
+                sources.append(value if name != "gram" else value.take(self._triangle))
+        if len(sources) < len(given):
+            self._row.fill_(torch.nan)
+        torch._foreach_copy_(targets, sources)
         # Where to write is known on the device alone: a replayed graph goes on by itself.
-        torch.remainder(self._count, self.capacity, out=self._position)
-        self._ring.index_copy_(0, self._position, self._rows)
-        self._count.add_(1)
+        torch.remainder(self._count, self._capacity, out=self._position)
+        self._ring.index_copy_(0, self._position, self._row)
+        self._count.add_(self._one)
 
-    def _check(self, name: str, value: Tensor, shape: torch.Size, *, whole: bool = False) -> None:
+    def _check(self, name: str, value: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+        shape = self._shapes[name]
         if value.shape != shape:
             raise ValueError(
                 f"{name} must have shape {list(shape)} ({len(self.tasks)} tasks), "
                 f"got {list(value.shape)}"
             )
-        if whole:
+        if name in _WHOLE:
             if value.is_floating_point() or value.is_complex():
                 raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
         elif not value.is_floating_point():
             raise TypeError(f"{name} must be floating-point, got {value.dtype}")
         if value.device != self._memory.device:
             raise ValueError(f"{name} must be on {self.device}, as the history, got {value.device}")
-
-    def _vector(self, name: str, value: Tensor | None) -> Tensor:
-        if value is None:
-            return self._no_vector
-        self._check(name, value, self._vector_shape)
-        return value
-
-    def _scalar(self, name: str, value: Tensor | None, *, whole: bool = False) -> Tensor:
-        if value is None:
-            return self._no_scalar
-        self._check(name, value, torch.Size(), whole=whole)
-        return value.unsqueeze(0)
 
     def clear(self) -> None:
         """Forgets the steps; their numbers go on. Reads nothing on the host."""
@@ -235,7 +234,7 @@ class History:
         for name in _SCALARS:
             found[name] = rows[:, start].copy()
             start += 1
-        for name in ("status", "flat_status"):
+        for name in _WHOLE:
             found[name] = np.nan_to_num(found[name], nan=-1.0).astype(np.int64)
         return found
 
@@ -264,9 +263,8 @@ class History:
             for i, task in enumerate(self.tasks):
                 columns[what, task] = found[what][:, i]
         if cosines:
-            for i, j in zip(*np.triu_indices(len(self.tasks), 1), strict=True):
-                pair = f"{self.tasks[i]}|{self.tasks[j]}"
-                columns["cosines", pair] = found["cosines"][:, i, j]
+            for (i, a), (j, b) in itertools.combinations(enumerate(self.tasks), 2):
+                columns["cosines", f"{a}|{b}"] = found["cosines"][:, i, j]
         for what in ("conflict", *_SCALARS):
             columns[what, ""] = found[what]
         frame = pd.DataFrame(columns, index=pd.Index(found["step"], name="step"))
