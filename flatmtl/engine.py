@@ -118,6 +118,12 @@ class Engine:
         self.capture = None
         self.ok = None
 
+    def skipped(self) -> None:
+        """The step was not made, for what its gradients are: nothing has happened."""
+        self.drop()
+        if self.directions is not None:
+            self.directions.rewind()
+
     def stepped(self) -> None:
         """The step was made."""
         self.drop()
@@ -167,6 +173,8 @@ class Engine:
         else:
             self.drop()
             self.solves.begin()
+        if self.directions is not None and not more:
+            self.directions.begin()
         undoing = scale is not None or self.options.nonfinite == "skip"
         guarded = bool(radii) or (undoing and passes.repeatable)
         random = self._generators().state() if guarded else None

@@ -373,7 +373,7 @@ class MultiTaskOptimizer(Optimizer):
         if made:
             self._engine.stepped()
         else:
-            self._engine.drop()
+            self._engine.skipped()
         return losses
 
     def backward(
