@@ -91,8 +91,7 @@ def map(ax: Axes, tasks: list[str], steps: np.ndarray, values: np.ndarray, far: 
         norm = colors.Normalize(-max(-low, high), max(-low, high))
     else:
         norm = colors.Normalize(low, high)
-    colours = matplotlib().colormaps["RdBu_r" if low < 0 else "viridis"].copy()
-    colours.set_bad(PALE)
+    colours = matplotlib().colormaps["RdBu_r" if low < 0 else "viridis"].with_extremes(bad=PALE)
     image = ax.imshow(
         np.ma.masked_invalid(values.T), cmap=colours, norm=norm, aspect="auto",
         interpolation="nearest", extent=(steps[0] - 0.5, steps[-1] + 0.5, len(tasks) - 0.5, -0.5),
@@ -109,7 +108,9 @@ def by_step(ax: Axes, *, grid: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_xlabel("step")
-    ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    ax.xaxis.set_major_locator(
+        MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
     low, high = ax.get_xlim()
     if high - low < 1:  # a single step
         ax.set_xlim(low - 0.5, high + 0.5)

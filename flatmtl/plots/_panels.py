@@ -66,8 +66,7 @@ def cosines(
 ) -> None:
     mean = _series.mean(arrays["cosines"], axis=0)
     np.fill_diagonal(mean, np.nan)  # 1, and the eye would go there
-    colours = _draw.matplotlib().colormaps["RdBu"].copy()
-    colours.set_bad(_draw.PALE)
+    colours = _draw.matplotlib().colormaps["RdBu"].with_extremes(bad=_draw.PALE)
     largest = np.nanmax(np.abs(mean))
     end = min(limit for limit in (0.1, 0.2, 0.5, 1.0) if limit >= min(largest, 1.0))
     image = ax.imshow(mean, cmap=colours, vmin=-end, vmax=end)
