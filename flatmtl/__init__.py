@@ -4,11 +4,21 @@
 methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on their own.
 """
 
-from flatmtl import ops, weighting
+from flatmtl import ops, plots, weighting
 from flatmtl.aggregation import aggregate
+from flatmtl.history import History
 from flatmtl.optimizer import MultiTaskOptimizer
 from flatmtl.sharpness import SAM
 
 __version__ = "0.1.0"
 
-__all__ = ["SAM", "MultiTaskOptimizer", "__version__", "aggregate", "ops", "weighting"]
+__all__ = [
+    "SAM",
+    "History",
+    "MultiTaskOptimizer",
+    "__version__",
+    "aggregate",
+    "ops",
+    "plots",
+    "weighting",
+]
