@@ -389,11 +389,17 @@ class Engine:
         fresh = squares is not None
         status = self.solves.statuses.get("loss") if fresh else None
         flat_status = self.solves.statuses.get("flat") if fresh else None
+        missing = clean.isnan()
+
+        def shown(values: Tensor | None) -> Tensor | None:
+            # a task that is missing has no weight of 0 and no gradient of length 0: it has none
+            return None if values is None else torch.where(missing, torch.nan, values.to(device))
+
         self.history.record(
             losses=clean,
-            weights=None if found is None else found.weights,
-            flat_weights=None if found is None else found.flat,
-            norms=norms,
+            weights=None if found is None else shown(found.weights),
+            flat_weights=None if found is None else shown(found.flat),
+            norms=shown(norms),
             gram=None if found is None else found.gram,
             sharpness=rise,
             status=None if status is None else status.bits,
