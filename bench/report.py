@@ -390,10 +390,11 @@ def memory_section(records: list[Record]) -> list[str]:
     lines = [
         "## Memory of a step",
         "",
-        "ResNet-18, T = 3: every allocation of the first three steps (bench/memory.py), in units of the "
-        "model's parameters. *Own*: the most that the step's own buffers and temporaries take at one time; "
-        "`.grad` are among them. *Kept*: what of these is left after a step. *Gradients of the passes*: the "
-        "most that results of backward passes take outside of those, on top; *first step*: the same there.",
+        f"{records[0]['model']}, T = {records[0]['tasks']}: every allocation of the first three steps "
+        "(bench/memory.py), in units of the model's parameters. *Own*: the most that the step's own buffers "
+        "and temporaries take at one time; `.grad` are among them. *Kept*: what of these is left after a "
+        "step. *Gradients of the passes*: the most that results of backward passes take outside of those, "
+        "on top; *first step*: the same there.",
         "",
     ]
     rows = []
@@ -455,7 +456,7 @@ def required_of_steps(records: list[Record]) -> list[list[str]]:
         name = "FS-MTL" if r["sharpness"] else "PCGrad"
         rows.append(
             [
-                f"{name}, ResNet-18, T = {r['tasks']}: own memory, in models",
+                f"{name}, {r['model']}, T = {r['tasks']}: own memory, in models",
                 f"≤ {limit}", ceiling(most, 2), "yes" if most <= limit else "**no**",
             ]
         )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 
 from bench import memory
 from bench.fs_mtl_steps import FOREACH, LOOPS, OURS, Entrant
-from bench.networks import NETWORKS, Data, resnet18
+from bench.networks import NETWORKS, Data, resnet, resnet18
 from bench.own_time import OUTSIDE, OwnTime, Split
 
 ENTRANTS = (FOREACH, LOOPS, OURS)
@@ -88,10 +88,11 @@ def summary(splits: dict[str, list[Split]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sharpness", [True, False], ids=["fs-mtl", "pcgrad"])
-def test_memory(sharpness: bool, benchmark: Any) -> None:
+def test_memory(sharpness: bool, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Nothing is timed; the footprints go the way of all results."""
     torch.manual_seed(0)
-    network, x, y = resnet18(batch=2)
+    quick = request.config.getoption("--quick")
+    network, x, y = resnet() if quick else resnet18(batch=2)
     rho = 0.05 if sharpness else None
     found: dict[str, list[memory.Footprint]] = {}
 
@@ -104,6 +105,7 @@ def test_memory(sharpness: bool, benchmark: Any) -> None:
     if benchmark.stats is None:
         return
     unit = sum(p.numel() * p.element_size() for p in network.parameters())
-    about = {"kind": "memory", "model": "resnet18", "tasks": len(y), "sharpness": sharpness}
+    about = {"kind": "memory", "model": "resnet" if quick else "resnet18"}
+    about |= {"tasks": len(y), "sharpness": sharpness}
     steps = {name: [asdict(f) for f in footprints] for name, footprints in found.items()}
     benchmark.extra_info.update({**about, "model_bytes": unit, "steps": steps})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import nn
 
-from bench import fs_mtl_steps, memory
+from bench import fs_mtl_steps, memory, own_time
 from bench.fs_mtl_steps import FOREACH, LOOPS, OURS, Entrant
 from bench.networks import Network, Residual, resnet18
 from bench.own_time import BACKWARD, FORWARD, UPDATE, OwnTime
@@ -87,7 +85,7 @@ def test_the_same_steps_in_float64(make, rival, rng):
 
 @pytest.mark.parametrize("rival", RIVALS)
 def test_the_comparison_sees_a_difference(rival, rng):
-    """A radius 1 % larger, no sharpness, other orders: none of them passes for the same step."""
+    """A radius 1 % larger, no sharpness: neither passes for the same step."""
     data, orders = problem(conv, 5, rng)
     ours = outcome(Entrant(OURS, *data, orders=orders), steps=1)
     others = {
@@ -113,38 +111,50 @@ def test_passes(name, tasks, rng):
             assert split.calls == {FORWARD: forwards, BACKWARD: backwards, UPDATE: 1}
 
 
-def test_own_time_is_what_is_left():
-    """Passes and update that wait, and waiting in between: each is found where it was spent."""
-    network = mlp(1)
-    base = torch.optim.SGD(network.parameters(), lr=0.1)
-    waits = {FORWARD: 0.02, BACKWARD: 0.03, UPDATE: 0.01}
+def test_own_time_is_what_is_left(monkeypatch):
+    """On a clock that only moves where time is said to be spent: each is found where it was spent."""
+    now = [0]
+
+    def spend(nanoseconds: int) -> None:
+        now[0] += nanoseconds
+
+    monkeypatch.setattr(own_time.time, "perf_counter_ns", lambda: now[0])
 
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
+            spend(1_000)
             return x.clone()
 
         @staticmethod
         def backward(ctx, grad):
-            time.sleep(waits[BACKWARD])
+            spend(20_000)
             return grad
 
+    network = mlp(1)
+    base = torch.optim.SGD(network.parameters(), lr=0.1)
+    base.register_step_pre_hook(lambda *_: spend(300_000))
+
     def closure():
-        time.sleep(waits[FORWARD])
-        return Slow.apply(network.losses(torch.ones(BATCH, 12), torch.zeros(1, BATCH).long())[0])
+        spend(4_000)
+        loss = network.losses(torch.ones(BATCH, 12), torch.zeros(1, BATCH).long())[0]
+        torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+        return Slow.apply(loss)
 
     def step(closure):
         loss = closure()
-        time.sleep(0.05)
+        spend(5_000_000)
+        loss.backward(retain_graph=True)
         loss.backward()
+        spend(60_000_000)
         base.step()
 
-    base.register_step_pre_hook(lambda *_: time.sleep(waits[UPDATE]))
-    split = OwnTime(base, closure).measure(step)
-    for name, seconds in waits.items():
-        assert seconds <= split.seconds[name] < seconds + 0.02, split
-    assert 0.05 <= split.own < 0.07, split
-    assert split.total == pytest.approx(split.own + sum(split.seconds.values()))
+    split = own_time.OwnTime(base, closure).measure(step)
+    spent = {FORWARD: 5e-6, BACKWARD: 40e-6, UPDATE: 300e-6}
+    assert split.seconds == pytest.approx(spent, rel=1e-9)
+    assert split.calls == {FORWARD: 1, BACKWARD: 2, UPDATE: 1}
+    assert split.own == pytest.approx(65e-3, rel=1e-9)
+    assert split.total == pytest.approx(65e-3 + sum(spent.values()), rel=1e-9)
 
 
 def test_memory_counts_what_is_there(rng):
