@@ -222,7 +222,6 @@ class Reference:
     # ---- one step
 
     def step(self, closure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        s = self.sharpness
         losses = list(closure())  # the only pass that moves running statistics
         statistics = [b.clone() for b in self.model.buffers()]
         theta = [p.detach().clone() for p in self.params]
@@ -234,7 +233,7 @@ class Reference:
                 for b, old in zip(self.model.buffers(), statistics):
                     b.copy_(old)
 
-        if self.steps == 0:
+        if not self.shared:
             self.find_roles([self.grad(loss) for loss in losses])
         if self.steps % self.weights_every == 0:
             shared, own = self.solving_step(closure, losses, put_back)
@@ -314,15 +313,20 @@ class Reference:
 
     # ---- its place on a trajectory
 
-    def copy_from(self, other: Reference) -> None:
-        """Takes up parameters, buffers, moments and what is kept between steps, in its own dtype."""
+    def place_at(self, other: Reference) -> None:
+        """Takes up parameters, buffers and moments, in its own dtype."""
         with torch.no_grad():
             for mine, theirs in zip(
                 self.model.state_dict().values(), other.model.state_dict().values()
             ):
                 mine.copy_(theirs)
         self.base.load_state_dict(copy.deepcopy(other.base.state_dict()))
-        self.shared, self.own, self.steps = other.shared, other.own, other.steps
+        self.steps = other.steps
+
+    def copy_from(self, other: Reference) -> None:
+        """The same, and all that is kept between steps."""
+        self.place_at(other)
+        self.shared, self.own = other.shared, other.own
         self.a, self.b = other.a, other.b
         dtype = self.params[0].dtype
         self.flat = None if other.flat is None else other.flat.to(dtype)

@@ -120,7 +120,7 @@ def test_joint_norm(rng):
     problem = Problem(rng, 2)
     x, heads = problem.shared_values(), problem.head_values()
     n, expected, own = len(x), [], []
-    for g, q, h in zip(gradients(problem, x, heads), problem.tasks, heads):
+    for g, q in zip(gradients(problem, x, heads), problem.tasks):
         s = g + q.a.T @ q.a @ (0.4 * g / np.linalg.norm(g))
         expected.append(s[:n])
         own.append(s[n:])
@@ -150,7 +150,7 @@ def test_modes(name, rng):
         problem = Problem(rng, 3)
         x, heads = problem.shared_values(), problem.head_values()
         n, g, s = len(x), [], []
-        for full, q, h in zip(gradients(problem, x, heads), problem.tasks, heads):
+        for full, q in zip(gradients(problem, x, heads), problem.tasks):
             eps = [0.5 * part / np.linalg.norm(part) for part in (full[:n], full[n:])]
             g.append(full[:n])
             s.append((full + q.a.T @ q.a @ np.concatenate(eps))[:n])
