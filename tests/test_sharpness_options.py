@@ -416,15 +416,15 @@ def test_linear_weightings_make_direct_of_decomposed(name, tasks, rng):
 
 
 def test_the_modes_differ(rng):
-    """Otherwise the tests above would not tell them apart. (PCGrad's differ where there is conflict.)"""
-    for name in ("pcgrad", "mgda", "nash"):
-        apart = []
-        for _ in range(40):
-            g, s, _, _ = Quadratics(Problem(rng, 2)).rows(0.5)
+    """Each from each on some problem: otherwise the tests above would not tell them apart."""
+    for name in ("mgda", "nash"):
+        apart = np.zeros(6)
+        for _ in range(60):
+            g, s, _, _ = Quadratics(Problem(rng, 2)).rows(1.5)
             found = [by_mode(mode, make(name, 2)[1], g, s) for mode in MODES]
             distances = [np.linalg.norm(a - b) for k, a in enumerate(found) for b in found[:k]]
-            apart.append(min(distances) / np.linalg.norm(g))
-        assert max(apart) > 1e-4, name
+            apart = np.maximum(apart, distances / np.linalg.norm(g))
+        assert (apart > 1e-4).all(), (name, apart)
 
 
 @modes
