@@ -6,9 +6,21 @@ methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on th
 
 from flatmtl import ops, weighting
 from flatmtl.aggregation import aggregate
+from flatmtl.jacobian import Batched
 from flatmtl.optimizer import MultiTaskOptimizer
-from flatmtl.sharpness import SAM
+from flatmtl.representation import Representation
+from flatmtl.sharpness import SAM, SAMO
 
 __version__ = "0.1.0"
 
-__all__ = ["SAM", "MultiTaskOptimizer", "__version__", "aggregate", "ops", "weighting"]
+__all__ = [
+    "SAM",
+    "SAMO",
+    "Batched",
+    "MultiTaskOptimizer",
+    "Representation",
+    "__version__",
+    "aggregate",
+    "ops",
+    "weighting",
+]

@@ -26,16 +26,39 @@ def _flat_dims(param: Tensor) -> list[int] | None:
 
 
 class Block:
-    """Parameters of one role, in their own storage, with flat buffers beside them.
+    """Parameters of one role, in their own storage, with flat buffers beside them, made on first use.
 
     Attributes:
-        params: the parameters.
+        params: the parameters, those that are exempt from the adaptive scaling last.
         jac: [rows, P], gradients at the parameters as they are.
-        sam: [rows, P], gradients at the perturbed parameters; made on first use.
-        update: [P], what the parameters' ``.grad`` view; made on first use.
+        sam: [rows, P], gradients at the perturbed parameters.
+        both: [2 rows, P], ``jac`` and ``sam`` where they are to be one matrix.
+        mean: [P], SAMO's mean gradient.
+        update: [P], what the parameters' ``.grad`` view.
+        kept: [P]: the parameters themselves while they are perturbed; between steps the flat part, where
+            ``has_flat`` says so.
     """
 
-    def __init__(self, params: Sequence[Tensor], labels: Sequence[str], rows: int) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        labels: Sequence[str],
+        rows: int,
+        *,
+        row_dtype: torch.dtype | None = None,
+        exempt: int = 0,
+        adjacent: bool = False,
+    ) -> None:
+        """Lays the parameters out.
+
+        Args:
+            params: at least one.
+            labels: their names, for errors.
+            rows: of ``jac`` and ``sam``.
+            row_dtype: of ``jac`` and ``sam``; None: the parameters'.
+            exempt: how many of the last parameters the adaptive scaling leaves out.
+            adjacent: ``jac`` and ``sam`` are the halves of one matrix, ``both``.
+        """
         first = params[0]
         if first.dtype not in ROW_TYPES:
             raise TypeError(
@@ -54,35 +77,65 @@ class Block:
                 raise ValueError(
                     f"params must be dense in memory, got {label} with gaps or overlaps"
                 )
-        step = ALIGNMENT // first.element_size()
+        self.row_dtype = first.dtype if row_dtype is None else row_dtype
+        step = ALIGNMENT // min(first.element_size(), self.row_dtype.itemsize)
         self.offsets: list[int] = []
         size = 0
         for param in params:
             self.offsets.append(size)
             size += -(-param.numel() // step) * step
         self.size = size
-        self.jac = first.new_empty(rows, size, requires_grad=False)
+        self._scaled = len(params) - exempt  # the first so many take part in the adaptive scaling
+        self._cut = self.offsets[self._scaled] if exempt else size
+        self._like = first.detach()
+        self._rows, self._adjacent = rows, adjacent
+        self.has_flat = False
         self._made: dict[str, Tensor] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}
 
-    def _buffer(self, name: str, *shape: int) -> Tensor:
+    def _buffer(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         if name not in self._made:
-            self._made[name] = self.jac.new_empty(shape)
+            self._made[name] = self._like.new_empty(shape, dtype=dtype)
         return self._made[name]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters and all buffers."""
+        return self._like.device
+
+    @property
+    def both(self) -> Tensor:
+        """[2 rows, P]."""
+        return self._buffer("both", 2 * self._rows, self.size, dtype=self.row_dtype)
+
+    @property
+    def jac(self) -> Tensor:
+        """[rows, P]."""
+        if self._adjacent:
+            return self.both[: self._rows]
+        return self._buffer("jac", self._rows, self.size, dtype=self.row_dtype)
 
     @property
     def sam(self) -> Tensor:
         """[rows, P]."""
-        return self._buffer("sam", *self.jac.shape)
+        if self._adjacent:
+            return self.both[self._rows :]
+        return self._buffer("sam", self._rows, self.size, dtype=self.row_dtype)
+
+    @property
+    def mean(self) -> Tensor:
+        """[P]."""
+        return self._buffer("mean", self.size, dtype=self._like.dtype)
 
     @property
     def update(self) -> Tensor:
         """[P]."""
-        return self._buffer("update", self.size)
+        return self._buffer("update", self.size, dtype=self._like.dtype)
 
     @property
-    def _saved(self) -> Tensor:
-        return self._buffer("saved", self.size)
+    def kept(self) -> Tensor:
+        """[P]."""
+        return self._buffer("kept", self.size, dtype=self._like.dtype)
 
     def _flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors shaped like the parameters, their elements in the order of the row."""
@@ -91,15 +144,18 @@ class Block:
             for t, dims in zip(tensors, self._dims, strict=True)
         ]
 
-    def pack(self, row: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
-        """Gradients (None: zero) -> ``row`` [P]; returns the squared norm, float64 0-dim."""
+    def pack(
+        self, row: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool = False
+    ) -> Tensor:
+        """Gradients (None: zero) -> ``row`` [P], or added to it; its squared norm, float64 0-dim."""
         present = [k for k, g in enumerate(grads) if g is not None]
         flat = []
         for k in present:
             grad, dims = grads[k], self._dims[k]
             assert grad is not None
             flat.append((grad if dims is None else grad.permute(dims)).contiguous())
-        sq_norm: Tensor = _ops.pack_row_.default(row, flat, [self.offsets[k] for k in present])
+        offsets = [self.offsets[k] for k in present]
+        sq_norm: Tensor = _ops.pack_row_.default(row, flat, offsets, accumulate)
         return sq_norm
 
     def views(self, row: Tensor) -> list[Tensor]:
@@ -119,19 +175,46 @@ class Block:
 
     def save(self) -> None:
         """Keeps the parameters as they are now."""
-        _ops.pack_row_.default(self._saved, self._flat(self.params), self.offsets)
+        self.has_flat = False
+        _ops.pack_row_.default(self.kept, self._flat(self.params), self.offsets)
+
+    def adaptive_sq_norm(self, row: Tensor, eta: float) -> Tensor:
+        """Squared norm of T * ``row`` [P], T = |saved| + eta, or 1 where exempt; float64 0-dim."""
+        cut = self._cut
+        total: Tensor = _ops.adaptive_sq_norm.default(self.kept[:cut], row[:cut], eta)
+        if cut < self.size:
+            total = total + _ops.row_norms.default(row[cut:].unsqueeze(0))[0].square()
+        return total
 
     def perturb(
         self, row: Tensor, sq_norm: Tensor, rho: list[float], *, adaptive: bool, eta: float
     ) -> None:
-        """Parameters <- saved + perturbation along ``row`` [P], a gradient of squared norm ``sq_norm``."""
-        if adaptive:
-            sq_norm = _ops.adaptive_sq_norm.default(self._saved, row, eta)
-        flat = self._flat(self.params)
-        _ops.perturb_.default(flat, self._saved, row, sq_norm, self.offsets, rho, adaptive, eta)
+        """Parameters <- saved + perturbation along ``row`` [P]; ``sq_norm`` is that of T * ``row``."""
+        flat, scaled, cut = self._flat(self.params), self._scaled, self._cut
+        if not adaptive or cut == self.size:
+            _ops.perturb_.default(flat, self.kept, row, sq_norm, self.offsets, rho, adaptive, eta)
+        else:
+            for params, segment, offsets, radii, bent in (
+                (flat[:scaled], slice(None, cut), self.offsets[:scaled], rho[:scaled], True),
+                (flat[scaled:], slice(cut, None), self.offsets[scaled:], rho[scaled:], False),
+            ):
+                start = segment.start or 0
+                _ops.perturb_.default(
+                    params, self.kept[segment], row[segment], sq_norm,
+                    [o - start for o in offsets], radii, bent, eta,
+                )  # fmt: skip
+        torch.autograd.graph.increment_version(self.params)
+
+    def move(self, direction: Tensor, step: float) -> None:
+        """Parameters <- saved + ``step`` * ``direction`` [P]."""
+        with torch.no_grad():
+            for param, origin, by in zip(
+                self.params, self.views(self.kept), self.views(direction), strict=True
+            ):
+                torch.add(origin, by, alpha=step, out=param.detach())
         torch.autograd.graph.increment_version(self.params)
 
     def restore(self) -> None:
         """Parameters <- saved, bit for bit, in their own storage."""
-        _ops.restore_.default(self._flat(self.params), self._saved, self.offsets)
+        _ops.restore_.default(self._flat(self.params), self.kept, self.offsets)
         torch.autograd.graph.increment_version(self.params)

@@ -46,6 +46,14 @@ class BufferKeeper:
             module._buffers[name] = buffer
         _copy(self._buffers, self._copies)
 
+    def undo_unless(self, ok: Tensor) -> None:
+        """Puts the copies back where ``ok`` (bool, 0-dim) is false; nothing is read."""
+        for (module, name), buffer, copy in zip(
+            self._places, self._buffers, self._copies, strict=True
+        ):
+            if module._buffers.get(name) is buffer:
+                buffer.copy_(torch.where(ok.to(buffer.device), buffer, copy))
+
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
     """Every module once; as ``model.modules()``, without the names, which cost most of its time."""

@@ -2,105 +2,233 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from flatmtl.losses import TaskLosses
+from flatmtl import graph
+from flatmtl.losses import Output, TaskLosses
+from flatmtl.representation import Representation
 from flatmtl.roles import Gradients, Roles
+from flatmtl.sharpness import check_whole
+
+
+@dataclass(frozen=True)
+class Batched:
+    """All tasks' gradients in one vectorised backward pass (``is_grads_batched``, torch.vmap).
+
+    Faster than one pass a task where the network is made of many small operations; it keeps the
+    intermediate gradients of all tasks at once. Every operation of the network needs a batching rule:
+    BatchNorm in training and cuDNN's RNNs have none on some devices. A NaN or infinity inside one task's
+    graph may reach the others (0 * inf), which the sequential way rules out.
+
+    Args:
+        chunk: so many tasks a pass; None: all.
+
+    Raises:
+        TypeError, ValueError: ``chunk`` is no positive whole number.
+    """
+
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None:
+            check_whole("chunk", self.chunk, 1)
+
+
+Jacobian: TypeAlias = Literal["sequential"] | Batched | Representation
+
+
+def read_jacobian(jacobian: object) -> Jacobian:
+    """The way to take gradients that an argument names.
+
+    Raises:
+        TypeError, ValueError: it names none.
+    """
+    if jacobian == "sequential":
+        return "sequential"
+    if jacobian == "batched":
+        return Batched()
+    if isinstance(jacobian, (Batched, Representation)):
+        return jacobian
+    message = (
+        "jacobian must be 'sequential', 'batched', flatmtl.Batched(chunk) or "
+        f"flatmtl.Representation(module), got {jacobian!r}"
+    )
+    raise (ValueError if isinstance(jacobian, str) else TypeError)(message)
 
 
 @dataclass
 class Captured:
-    """What one clean pass left in the blocks' buffers.
+    """What the clean passes of a step left in the blocks' buffers.
 
     Attributes:
         shared_sq: float64 [T], squared norms of J's rows (zeros if nothing is shared).
         own_sq: task -> float64 0-dim, squared norm of its own parameters' gradient.
         reached: positions in ``roles.params`` of the parameters that got a gradient.
+        present: the tasks that had a loss.
     """
 
     shared_sq: Tensor
     own_sq: dict[int, Tensor]
     reached: set[int]
+    present: set[int]
 
 
-def capture(losses: TaskLosses, roles: Roles, device: torch.device) -> Captured:
-    """T backward passes; each task's gradients are packed as soon as they are there.
+class Capture:
+    """Every task's gradient, added up over the micro-batches of a step."""
 
-    Raises:
-        ValueError: the roles do not hold (``Roles``).
-    """
-    try:
-        captured = _capture(losses, roles, device)
-    except BaseException:
-        roles.end_pass(keep=False)
-        raise
-    roles.end_pass(keep=True)
-    return captured
+    def __init__(self, roles: Roles, device: torch.device) -> None:
+        self.roles = roles
+        self._device = device
+        self._reached: set[int] = set()
+        self._shared_sq: dict[int, Tensor] = {}
+        self._own_sq: dict[int, Tensor] = {}
+        self._packed: set[int] = set()  # tasks whose rows hold this step's gradients
+
+    def add(self, losses: TaskLosses, batched: Batched | None, scale: Tensor | None) -> None:
+        """Backward passes of one micro-batch; each gradient is packed as soon as it is there.
+
+        Args:
+            losses: of the micro-batch.
+            batched: how many tasks a pass; None: one.
+            scale: 0-dim, what every backward starts with (a loss scale); None: 1.
+
+        Raises:
+            ValueError: the roles do not hold (``Roles``).
+        """
+        try:
+            self._add(losses, batched, scale)
+        except BaseException:
+            self.roles.end_pass(losses.present, keep=False)
+            raise
+        self.roles.end_pass(losses.present, keep=True)
+
+    def _add(self, losses: TaskLosses, batched: Batched | None, scale: Tensor | None) -> None:
+        roles = self.roles
+        waiting: list[tuple[int, Gradients]] = []  # gradients whose roles are not settled yet
+        settled = roles.settled
+        for task, grads in _gradients(losses, roles, batched, scale):
+            hit = [k for k, g in enumerate(grads) if g is not None]
+            if not hit:
+                raise ValueError(
+                    f"losses[{losses.names[task]!r}] must depend on a trainable parameter of the "
+                    "optimizer, got one that reaches none"
+                )
+            self._reached.update(hit)
+            if roles.note(task, grads) and settled:
+                # A parameter turned up in a new role: lay everything out again.
+                waiting = [(t, self._unpack(t)) for t in sorted(self._packed)]
+                self._packed = set()
+                settled = False
+            if settled:
+                self._pack(task, grads)
+            else:
+                waiting.append((task, grads))
+        if not settled:
+            roles.settle()
+            for task, grads in waiting:
+                self._pack(task, grads)
+
+    def _pack(self, task: int, grads: Gradients) -> None:
+        roles, more = self.roles, task in self._packed
+        if roles.shared is not None:
+            block, row = roles.shared, roles.shared.jac[task]
+            chosen = [grads[k] for k in roles.shared_index]
+            self._shared_sq[task] = block.pack(row, chosen, accumulate=more)
+        if task in roles.own:
+            block = roles.own[task]
+            chosen = [grads[k] for k in roles.own_index[task]]
+            self._own_sq[task] = block.pack(block.jac[0], chosen, accumulate=more)
+        self._packed.add(task)
+
+    def _unpack(self, task: int) -> Gradients:
+        """The gradients that ``_pack`` put away, as views."""
+        roles = self.roles
+        grads: list[Tensor | None] = [None] * len(roles.params)
+        if roles.shared is not None:
+            views = roles.shared.views(roles.shared.jac[task])
+            for k, view in zip(roles.shared_index, views, strict=True):
+                grads[k] = view.to(roles.params[k].dtype)
+        if task in roles.own:
+            block = roles.own[task]
+            for k, view in zip(roles.own_index[task], block.views(block.jac[0]), strict=True):
+                grads[k] = view.to(roles.params[k].dtype)
+        return grads
+
+    def finish(self) -> Captured:
+        """What the rows hold now. The row of a task that had no loss is zero."""
+        roles = self.roles
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        squares = []
+        for task in range(len(roles.tasks)):
+            if task not in self._packed and roles.shared is not None:
+                roles.shared.jac[task].zero_()
+            squares.append(self._shared_sq.get(task, zero) if roles.shared is not None else zero)
+        own_sq = {t: sq for t, sq in self._own_sq.items() if t in roles.own and t in self._packed}
+        return Captured(torch.stack(squares), own_sq, set(self._reached), set(self._packed))
 
 
-def _capture(losses: TaskLosses, roles: Roles, device: torch.device) -> Captured:
-    tasks = len(losses.outputs)
-    waiting: list[Gradients] = []  # tasks whose roles are not settled yet
-    packed: list[tuple[Tensor | None, Tensor | None]] = []
-    reached: set[int] = set()
-    settled = roles.settled
-    for task in range(tasks):
-        grads = losses.gradients(task, roles.params, retain_graph=task + 1 < tasks)
-        hit = [k for k, g in enumerate(grads) if g is not None]
-        if not hit:
-            raise ValueError(
-                f"losses[{losses.names[task]!r}] must depend on a trainable parameter of the optimizer, "
-                "got one that reaches none"
+def _gradients(
+    losses: TaskLosses, roles: Roles, batched: Batched | None, scale: Tensor | None
+) -> Iterator[tuple[int, Gradients]]:
+    """Task after task, its gradient for every parameter of ``roles`` (None: not reached)."""
+    tasks = losses.present
+    if batched is None:
+        for task in tasks:
+            last = task == tasks[-1]
+            yield task, losses.gradients(task, roles.params, retain_graph=not last, scale=scale)
+        return
+    outputs = [losses.output(task) for task in tasks]
+    reach = graph.reached(outputs, roles.params)
+    size = batched.chunk or len(tasks)
+    for start in range(0, len(tasks), size):
+        stop = min(start + size, len(tasks))
+        grads = _vectorised(losses, tasks[start:stop], roles.params, stop < len(tasks), scale)
+        for lane, task in enumerate(tasks[start:stop]):
+            hit = reach[start + lane]
+            yield (
+                task,
+                [None if g is None or k not in hit else g[lane] for k, g in enumerate(grads)],
             )
-        reached.update(hit)
-        if roles.note(task, grads) and settled:
-            # A parameter turned up that no task had reached before: lay everything out again.
-            waiting = [_unpack(t, roles) for t in range(task)]
-            settled, packed = False, []
-        if settled:
-            packed.append(_pack(task, grads, roles))
-        else:
-            waiting.append(grads)
-    if not settled:
-        roles.settle()
-        packed = [_pack(task, grads, roles) for task, grads in enumerate(waiting)]
-
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    shared_sq = torch.stack([zero if shared is None else shared for shared, _ in packed])
-    own_sq = {task: own for task, (_, own) in enumerate(packed) if own is not None}
-    return Captured(shared_sq, own_sq, reached)
 
 
-def _pack(task: int, grads: Gradients, roles: Roles) -> tuple[Tensor | None, Tensor | None]:
-    shared = own = None
-    if roles.shared is not None:
-        shared = roles.shared.pack(roles.shared.jac[task], [grads[k] for k in roles.shared_index])
-    if task in roles.own:
-        block = roles.own[task]
-        own = block.pack(block.jac[0], [grads[k] for k in roles.own_index[task]])
-    return shared, own
+def _vectorised(
+    losses: TaskLosses,
+    tasks: Sequence[int],
+    params: Sequence[Tensor],
+    retain_graph: bool,
+    scale: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """One backward pass with a lane for each of ``tasks``: gradients [lanes, *shape]."""
+    outputs: list[Output] = [losses.output(task) for task in tasks]
+    seeds = [losses.seed(task, scale) for task in tasks]
+    lanes = [
+        torch.eye(len(tasks), dtype=seed.dtype, device=seed.device)[lane] * seed
+        for lane, seed in enumerate(seeds)
+    ]
+    return torch.autograd.grad(
+        outputs,  # type: ignore[arg-type]
+        params,
+        grad_outputs=lanes,
+        retain_graph=retain_graph,
+        allow_unused=True,
+        is_grads_batched=True,
+    )
 
 
-def _unpack(task: int, roles: Roles) -> Gradients:
-    """The gradients that ``_pack`` put away, as views."""
-    grads: list[Tensor | None] = [None] * len(roles.params)
-    if roles.shared is not None:
-        for k, view in zip(
-            roles.shared_index, roles.shared.views(roles.shared.jac[task]), strict=True
-        ):
-            grads[k] = view
-    if task in roles.own:
-        block = roles.own[task]
-        for k, view in zip(roles.own_index[task], block.views(block.jac[0]), strict=True):
-            grads[k] = view
-    return grads
-
-
-def capture_perturbed(losses: TaskLosses, task: int, position: int, roles: Roles) -> list[Tensor]:
+def capture_perturbed(
+    losses: TaskLosses,
+    task: int,
+    position: int,
+    roles: Roles,
+    scale: Tensor | None,
+    *,
+    accumulate: bool,
+) -> list[Tensor]:
     """One backward pass at task ``task``'s perturbed parameters, into the blocks' ``sam`` rows.
 
     Args:
@@ -108,18 +236,22 @@ def capture_perturbed(losses: TaskLosses, task: int, position: int, roles: Roles
         task: the task.
         position: where its loss stands in ``losses``.
         roles: the settled roles.
+        scale: as in ``Capture.add``.
+        accumulate: add to the rows (a further micro-batch).
 
     Returns:
         The squared norms of the shared and own rows that were written (float64, 0-dim each).
     """
     own_index: Sequence[int] = roles.own_index.get(task, [])
     index = [*roles.shared_index, *own_index]
-    grads = losses.gradients(position, [roles.params[k] for k in index], retain_graph=False)
+    params = [roles.params[k] for k in index]
+    grads = losses.gradients(position, params, retain_graph=False, scale=scale)
     split = len(roles.shared_index)
     norms = []
     if roles.shared is not None:
-        norms.append(roles.shared.pack(roles.shared.sam[task], grads[:split]))
+        block = roles.shared
+        norms.append(block.pack(block.sam[task], grads[:split], accumulate=accumulate))
     if own_index:
         block = roles.own[task]
-        norms.append(block.pack(block.sam[0], grads[split:]))
+        norms.append(block.pack(block.sam[0], grads[split:], accumulate=accumulate))
     return norms

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 TaskName: TypeAlias = int | str
-Losses: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Losses: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
+Output: TypeAlias = Tensor | GradientEdge
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,15 @@ class TaskLosses:
 
     Attributes:
         names: the tasks' names: the mapping's keys, or 0..T-1.
-        outputs: where each task's backward starts.
+        outputs: where each task's backward starts; None for a task that is missing from the batch.
+        detached: each task's loss without its graph; None if missing.
         values: the losses, detached, as they came (same type and order).
     """
 
     names: list[TaskName]
-    outputs: list[Tensor | GradientEdge]
+    outputs: list[Output | None]
+    detached: list[Tensor | None]
     values: Losses
-    dtypes: list[torch.dtype]
-    devices: list[torch.device]
 
     def in_order(self, names: list[TaskName]) -> TaskLosses:
         """The same losses, task by task in the order of ``names``, which must be the same ones."""
@@ -38,43 +39,65 @@ class TaskLosses:
         ordered = TaskLosses(
             list(names),
             [self.outputs[k] for k in at],
+            [self.detached[k] for k in at],
             self.values,
-            [self.dtypes[k] for k in at],
-            [self.devices[k] for k in at],
         )
         self.outputs.clear()  # one holder of the graphs, who lets them go
         return ordered
 
+    @property
+    def present(self) -> list[int]:
+        """The positions of the tasks that have a loss in this batch."""
+        return [task for task, loss in enumerate(self.detached) if loss is not None]
+
+    def output(self, task: int) -> Output:
+        """Where the backward of a task that is present starts."""
+        output = self.outputs[task]
+        assert output is not None
+        return output
+
+    def seed(self, task: int, scale: Tensor | None) -> Tensor:
+        """What the backward of a present task starts with: 1, or the loss scale (0-dim)."""
+        loss = self.detached[task]
+        assert loss is not None
+        if scale is None:
+            return torch.ones((), dtype=loss.dtype, device=loss.device)
+        return scale.to(device=loss.device, dtype=loss.dtype, non_blocking=True)
+
     def gradients(
-        self, task: int, params: Sequence[Tensor], *, retain_graph: bool
+        self, task: int, params: Sequence[Tensor], *, retain_graph: bool, scale: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The gradient of one task's loss; None for a parameter that it does not reach."""
-        seed = torch.ones((), dtype=self.dtypes[task], device=self.devices[task])
         return torch.autograd.grad(
-            self.outputs[task],
+            self.output(task),
             params,
-            grad_outputs=seed,
+            grad_outputs=self.seed(task, scale),
             retain_graph=retain_graph,
             allow_unused=True,
         )
 
 
-def _one(name: TaskName, loss: object) -> Tensor:
+def _one(name: TaskName, loss: object, graph: bool) -> Tensor | None:
+    if loss is None:
+        return None
     label = f"losses[{name!r}]"
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{label} must be a Tensor, got {type(loss).__name__}")
+        raise TypeError(
+            f"{label} must be a Tensor, or None for a task without data in this batch, got "
+            f"{type(loss).__name__}"
+        )
     if loss.numel() != 1:
         raise ValueError(f"{label} must be a scalar, got shape {list(loss.shape)}")
     if not loss.is_floating_point():
         raise TypeError(f"{label} must be floating-point, got {loss.dtype}")
-    if not loss.requires_grad:
+    if graph and not loss.requires_grad:
         raise ValueError(
             f"{label} must have a graph to go back through (requires_grad), got a loss without one"
         )
     return loss.reshape(())
 
 
-def _vector(losses: Tensor) -> list[Tensor | GradientEdge]:
+def _vector(losses: Tensor) -> list[Output | None]:
     """Where the backward of each entry of a 1-D tensor starts.
 
     For torch.stack([...]) that is the stacked scalar itself: going through the stack would send a
@@ -91,14 +114,16 @@ def _vector(losses: Tensor) -> list[Tensor | GradientEdge]:
                     "without one"
                 )
         return [GradientEdge(origin, number) for origin, number in edges if origin is not None]
-    return [_one(i, loss) for i, loss in enumerate(losses)]
+    return [_one(i, loss, True) for i, loss in enumerate(losses)]
 
 
-def read_losses(losses: object) -> TaskLosses:
+def read_losses(losses: object, *, graph: bool = True) -> TaskLosses:
     """Checks what a closure returned.
 
     Args:
-        losses: a sequence of scalar tensors, a mapping from task names to them, or a 1-D tensor.
+        losses: a sequence of scalar tensors, a mapping from task names to them (None in either for a
+            task that is missing from the batch), or a 1-D tensor.
+        graph: False: only the values are wanted.
 
     Raises:
         ValueError, TypeError: it is none of these, is empty, or an entry has no graph.
@@ -108,26 +133,21 @@ def read_losses(losses: object) -> TaskLosses:
             raise ValueError(
                 f"losses must be a 1-D tensor with one entry a task, got shape {list(losses.shape)}"
             )
-        if not losses.requires_grad:
+        if graph and not losses.requires_grad:
             raise ValueError(
                 "losses must have a graph to go back through (requires_grad), got none"
             )
-        outputs = _vector(losses)
-        return TaskLosses(
-            list(range(len(outputs))),
-            outputs,
-            losses.detach(),
-            [losses.dtype] * len(outputs),
-            [losses.device] * len(outputs),
-        )
+        outputs = _vector(losses) if graph else [None] * len(losses)
+        plain = losses.detach()
+        return TaskLosses(list(range(len(outputs))), outputs, list(plain.unbind()), plain)
     if isinstance(losses, Mapping):
-        entries = {name: _one(name, loss) for name, loss in losses.items()}
-        values: Losses = {name: loss.detach() for name, loss in losses.items()}
+        entries = {name: _one(name, loss, graph) for name, loss in losses.items()}
+        values: Losses = {name: _detached(loss) for name, loss in losses.items()}
         names: list[TaskName] = list(entries)
         tensors = list(entries.values())
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
-        tensors = [_one(i, loss) for i, loss in enumerate(losses)]
-        values = [loss.detach() for loss in losses]
+        tensors = [_one(i, loss, graph) for i, loss in enumerate(losses)]
+        values = [_detached(loss) for loss in losses]
         if isinstance(losses, tuple):
             values = tuple(values)
         names = list(range(len(tensors)))
@@ -138,6 +158,30 @@ def read_losses(losses: object) -> TaskLosses:
         )
     if not tensors:
         raise ValueError("losses must hold at least one task, got none")
-    return TaskLosses(
-        names, list(tensors), values, [t.dtype for t in tensors], [t.device for t in tensors]
-    )
+    if all(t is None for t in tensors):
+        raise ValueError("losses must hold at least one task that has a loss, got only None")
+    return TaskLosses(names, list(tensors), [_detached(t) for t in tensors], values)
+
+
+def _detached(loss: Tensor | None) -> Tensor | None:
+    return None if loss is None else loss.detach()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def added(total: Losses | None, more: Losses) -> Losses:
+    """The losses of two micro-batches added task by task, in the form of the first."""
+    if total is None:
+        return more
+    if isinstance(total, Tensor) and isinstance(more, Tensor):
+        return total + more
+    if isinstance(total, Mapping) and isinstance(more, Mapping):
+        return {name: _sum(loss, more[name]) for name, loss in total.items()}
+    entries = list(more.values()) if isinstance(more, Mapping) else list(more)
+    kept = list(total.values()) if isinstance(total, Mapping) else list(total)
+    sums = [_sum(a, b) for a, b in zip(kept, entries, strict=True)]
+    return tuple(sums) if isinstance(total, tuple) else sums

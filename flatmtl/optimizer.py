@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmtl import ops
-from flatmtl.block import Block
-from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
-from flatmtl.jacobian import Captured, capture, capture_perturbed
-from flatmtl.losses import Losses, TaskLosses, read_losses
-from flatmtl.nonfinite import NonfiniteWatch
-from flatmtl.roles import Roles, named_shared
-from flatmtl.sharpness import SAM, check_radius
-from flatmtl.weighting import SolveStatus, Weighting
-
-Closure = Callable[..., Losses]
-
-
-def _restore_all(kept: Sequence[Block | BufferKeeper]) -> None:
-    """Restores every one, should one fail; then raises the first failure."""
-    failures: list[BaseException] = []
-    for one in kept:
-        try:
-            one.restore()
-        except BaseException as failure:
-            failures.append(failure)
-    if failures:
-        raise failures[0]
+from flatmtl import amp
+from flatmtl.engine import Engine, Options
+from flatmtl.history import History
+from flatmtl.jacobian import Batched, read_jacobian
+from flatmtl.losses import Losses
+from flatmtl.ops._check import ROW_TYPES
+from flatmtl.passes import Closure
+from flatmtl.representation import Representation
+from flatmtl.roles import named_shared
+from flatmtl.sharpness import SAM, SAMO, Sharpness, check_whole, default_radii
+from flatmtl.solves import Solves
+from flatmtl.weighting import Weighting
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -56,8 +45,8 @@ class MultiTaskOptimizer(Optimizer):
     Args:
         base_optimizer: the optimizer that makes the update.
         weighting: a ``flatmtl.weighting.Weighting``.
-        sharpness: ``SAM(...)``, or None for the plain method. The radius lives in the parameter groups
-            as ``"rho"`` and can be edited there at any time.
+        sharpness: ``SAM(...)`` or ``SAMO(...)``, or None for the plain method. The radii live in the
+            parameter groups as ``"rho"`` and ``"rho_task"`` and can be edited there at any time.
         shared: the shared parameters; by default those that at least two tasks reach (all reached
             ones if there is one task).
         model: the module whose buffers (BatchNorm statistics) the perturbed passes must leave alone,
@@ -65,21 +54,42 @@ class MultiTaskOptimizer(Optimizer):
         nonfinite: what a NaN or infinity in a task's gradient does. "raise": FloatingPointError, with
             all parameters as they were. On CUDA, where looking at once would stall the device, the
             task is left out of that step as with "mask" and the error comes from a later call. "mask":
-            the task is left out (weight 0, own parameters' gradient 0); ``last_status()`` tells.
+            the task is left out (weight 0, own parameters' gradient 0); ``last_status()`` tells. "skip":
+            the step changes nothing (this reads a flag from the device unless the base optimizer takes
+            ``found_inf`` itself, as the fused ones do). Under a GradScaler it is always "skip".
+        jacobian: how the tasks' gradients are taken: "sequential", a backward pass each; "batched" or
+            ``Batched(chunk)``, several at once by vectorisation; ``Representation(module)``, at the output
+            of a module, with one backward pass through what stands before it (not with sharpness).
+        row_dtype: of the rows in which task gradients are kept; ``torch.bfloat16`` (or float16) halves
+            their memory for float32 parameters. Sums and the update stay float32. None: the parameters'.
+        weights_every: solve for weights at every so many steps; in between, the last ones are used again
+            and the step is one backward pass of the weighted loss. With sharpness those steps take one
+            perturbation for all tasks (Eq. 9 of the paper); "decomposed" and "direct" only.
+        replay_rng: with sharpness, the perturbed passes draw the same random numbers (dropout masks) as
+            the clean one. torch's generators only.
+        history: keep the diagnostics of the last so many steps, ``history`` (0: none).
 
     Raises:
         TypeError, ValueError: an argument is none of the above.
     """
+
+    # GradScaler.step hands over its flag and calls step() either way, so that a step always ends.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         weighting: Weighting,
-        sharpness: SAM | None = None,
+        sharpness: Sharpness | None = None,
         shared: Iterable[Tensor] | None = None,
         model: nn.Module | None = None,
-        nonfinite: Literal["raise", "mask"] = "raise",
+        nonfinite: Literal["raise", "mask", "skip"] = "raise",
+        jacobian: Literal["sequential", "batched"] | Batched | Representation = "sequential",
+        row_dtype: torch.dtype | None = None,
+        weights_every: int = 1,
+        replay_rng: bool = False,
+        history: int = 0,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -89,59 +99,123 @@ class MultiTaskOptimizer(Optimizer):
                 ).__name__
             )
         if isinstance(base_optimizer, torch.optim.LBFGS):
-            raise TypeError("base_optimizer must step without a closure, got LBFGS")
+            raise TypeError(
+                "base_optimizer must step without a closure, got LBFGS: it runs the losses by itself, "
+                "several times a step, where nothing can aggregate their gradients"
+            )
+        if isinstance(base_optimizer, MultiTaskOptimizer):
+            raise TypeError("base_optimizer must be the optimizer itself, got a MultiTaskOptimizer")
         if not isinstance(weighting, Weighting):
             raise TypeError(
                 "weighting must be a flatmtl Weighting (flatmtl.weighting.by_name makes one from a "
                 f"name), got {weighting!r}"
             )
-        if sharpness is not None and not isinstance(sharpness, SAM):
-            raise TypeError(f"sharpness must be flatmtl.SAM(...) or None, got {sharpness!r}")
+        if sharpness is not None and not isinstance(sharpness, (SAM, SAMO)):
+            raise TypeError(
+                f"sharpness must be flatmtl.SAM(...), flatmtl.SAMO(...) or None, got {sharpness!r}"
+            )
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if nonfinite not in ("raise", "mask"):
-            raise ValueError(f"nonfinite must be 'raise' or 'mask', got {nonfinite!r}")
+        if nonfinite not in ("raise", "mask", "skip"):
+            raise ValueError(f"nonfinite must be 'raise', 'mask' or 'skip', got {nonfinite!r}")
+        if row_dtype is not None and row_dtype not in ROW_TYPES:
+            raise ValueError(
+                f"row_dtype must be float32, float64, bfloat16, float16 or None, got {row_dtype!r}"
+            )
+        if not isinstance(replay_rng, bool):
+            raise TypeError(f"replay_rng must be True or False, got {replay_rng!r}")
+        how = read_jacobian(jacobian)
+        if sharpness is not None and isinstance(how, Representation):
+            raise ValueError(
+                "jacobian must not be Representation with sharpness, which needs every task's gradient "
+                "in the trunk itself"
+            )
+        if check_whole("weights_every", weights_every, 1) > 1 and (
+            isinstance(sharpness, SAMO)
+            or (isinstance(sharpness, SAM) and sharpness.aggregate in ("second", "each"))
+        ):
+            raise ValueError(
+                "weights_every must be 1 with SAMO and with aggregate='second' or 'each', got "
+                f"{weights_every}"
+            )
         # The hooks' registries only: param_groups, state and defaults are the base optimizer's.
         super().__init__([torch.empty(0)], {})
         self.base_optimizer = base_optimizer
         self.weighting = weighting
-        self.flat_weighting = weighting.twin() if sharpness is not None else None
-        self.sharpness = sharpness
-        self.model = model
-        self.nonfinite = nonfinite
+        self.flat_weighting = weighting.twin() if isinstance(sharpness, SAM) else None
+        second = isinstance(sharpness, SAM) and sharpness.aggregate == "second"
+        self.outer_weighting = (
+            self.flat_weighting.twin() if second and self.flat_weighting is not None else None
+        )
+        self._options = Options(
+            sharpness=sharpness,
+            model=model,
+            nonfinite=nonfinite,
+            jacobian=how,
+            row_dtype=row_dtype,
+            weights_every=weights_every,
+            replay_rng=replay_rng,
+            history=check_whole("history", history, 0),
+        )
         self._shared = named_shared(shared, self._all_params(), self._label)
         self._start_anew()
         for group in self.param_groups:
-            self._default_rho(group)
+            self._default_radii(group)
 
     def _start_anew(self) -> None:
-        """What a copy does not inherit: roles and buffers are found again at its first step."""
-        self._roles: Roles | None = None
-        self._before = BufferKeeper(self.model)  # as they were before the step
-        self._clean = BufferKeeper(self.model)  # as the clean pass left them
-        self._watch = NonfiniteWatch()
-        self._watched = False  # a perturbed pass has been watched for running statistics
-        self._pending = False  # backward() has run and step() has not
-        self._finite: Tensor | None = None
-        self._statuses: dict[str, SolveStatus] = {}  # of the last step's aggregations
+        """What a copy does not inherit: buffers are made again at its first step."""
+        named = {name: self.__dict__[attribute] for name, attribute in self._SAVED.items()}
+        solves = Solves({name: w for name, w in named.items() if w is not None})
+        self._engine = Engine(self._options, solves, self._all_params, self._shared, self._label)
+
+    # a weighting's name in an engine -> in a state dict
+    _SAVED = MappingProxyType(
+        {"loss": "weighting", "flat": "flat_weighting", "outer": "outer_weighting"}
+    )
 
     _KEPT = (
         "base_optimizer",
         "weighting",
         "flat_weighting",
-        "sharpness",
-        "model",
-        "nonfinite",
+        "outer_weighting",
+        "_options",
         "_shared",
     )
 
     def __getstate__(self) -> dict[str, Any]:  # type: ignore[override]
-        return {name: self.__dict__[name] for name in self._KEPT}
+        kept = {name: self.__dict__[name] for name in self._KEPT}
+        return {**kept, "engine": self._engine.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Optimizer.__init__(self, [torch.empty(0)], {})
-        self.__dict__.update(state)
+        self.__dict__.update({name: state[name] for name in self._KEPT})
         self._start_anew()
+        self._engine.load_state_dict(state["engine"])
+
+    # ------------------------------------------------------------ what it was given
+
+    @property
+    def sharpness(self) -> Sharpness | None:
+        """``SAM(...)``, ``SAMO(...)`` or None."""
+        return self._options.sharpness
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module whose buffers are kept."""
+        return self._options.model
+
+    @property
+    def history(self) -> History:
+        """The diagnostics of the last steps.
+
+        Raises:
+            RuntimeError: none are kept (``history=0``), or there was no step yet.
+        """
+        if not self._options.history:
+            raise RuntimeError("history must be above 0 for diagnostics to be kept, got 0")
+        if self._engine.history is None:
+            raise RuntimeError("there was no step yet: no history")
+        return self._engine.history
 
     # ------------------------------------------------------------ the base optimizer's own things
 
@@ -176,22 +250,20 @@ class MultiTaskOptimizer(Optimizer):
             self.base_optimizer.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer; ``"rho"`` defaults to the sharpness's."""
+        """Adds a group to the base optimizer; ``"rho"`` and ``"rho_task"`` default to the sharpness's."""
         if "base_optimizer" not in self.__dict__:
             return  # Optimizer.__init__ before the base is known
         self._check_group(param_group)
         self.base_optimizer.add_param_group(param_group)
-        self._default_rho(self.param_groups[-1])
-        self._roles = None
+        self._default_radii(self.param_groups[-1])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if self.sharpness is not None and group.get("maximize"):
             raise ValueError("base_optimizer must minimise with sharpness, got maximize=True")
 
-    def _default_rho(self, group: dict[str, Any]) -> None:
+    def _default_radii(self, group: dict[str, Any]) -> None:
         self._check_group(group)
-        if self.sharpness is not None:
-            group.setdefault("rho", self.sharpness.rho)
+        default_radii(self.sharpness, group)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -207,15 +279,30 @@ class MultiTaskOptimizer(Optimizer):
                     return f"parameter {k} of group {g} (shape {list(param.shape)})"
         return f"parameter of shape {list(param.shape)}"
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets ``.grad``, and drops what ``backward`` has gathered since the last step.
+
+        Args:
+            set_to_none: None in place of zeros.
+        """
+        self._engine.drop()
+        if set_to_none:
+            self.base_optimizer.zero_grad(set_to_none=True)
+            return
+        for param in self._all_params():
+            if param.grad is not None:
+                # a view of the update buffer would stay a view: gradients of other code add to it
+                param.grad = torch.zeros_like(param.grad)
+
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with an entry ``"flatmtl"`` for the weightings' state."""
-        own: dict[str, Any] = {"weighting": self.weighting.state_dict()}
-        if self.flat_weighting is not None:
-            own["flat_weighting"] = self.flat_weighting.state_dict()
+        """The base optimizer's state dict, with an entry ``"flatmtl"`` for the weightings and the step."""
+        states = self._engine.solves.state_dict()
+        own = {self._SAVED[name]: state for name, state in states.items()}
+        own["engine"] = self._engine.state_dict()
         return {**self.base_optimizer.state_dict(), "flatmtl": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a saved state; one of the plain base optimizer is taken too (weightings start anew).
+        """Takes up a saved state; one of the plain base optimizer is taken too (the rest starts anew).
 
         Raises:
             ValueError: it does not fit the base optimizer or the weighting.
@@ -224,39 +311,35 @@ class MultiTaskOptimizer(Optimizer):
         base = {key: value for key, value in state_dict.items() if key != "flatmtl"}
         for group in base.get("param_groups", ()):
             self._check_group(group)
-        weightings = {"weighting": self.weighting, "flat_weighting": self.flat_weighting}
-        before = {name: w.state_dict() for name, w in weightings.items() if w is not None}
+        solves = self._engine.solves
+        before = solves.state_dict()
         try:
-            self._load_weightings(own)
+            solves.load_state_dict(
+                {name: own[saved] for name, saved in self._SAVED.items() if saved in own}
+            )
             self.base_optimizer.load_state_dict(base)
         except BaseException:
-            self._load_weightings(before)
+            solves.load_state_dict(before)
             raise
+        self._engine.load_state_dict(own.get("engine", {}))
         for group in self.param_groups:
-            self._default_rho(group)
-
-    def _load_weightings(self, states: dict[str, Any]) -> None:
-        for name in ("weighting", "flat_weighting"):
-            weighting = getattr(self, name)
-            if weighting is None:
-                continue
-            if name in states:
-                weighting.load_state_dict(states[name])
-            else:
-                weighting.reset()
+            self._default_radii(group)
 
     # ------------------------------------------------------------ a step
 
-    def step(self, closure: Closure | None = None) -> Losses | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure | Sequence[Closure] | None = None
+    ) -> Losses | None:
         """One training step.
 
         Args:
             closure: computes the task losses: a sequence of scalar tensors, a mapping from task names
-                to them, or a 1-D tensor. It runs the forward pass only: no ``backward()``, no
-                ``zero_grad()``. With sharpness it is called once plainly and once for every task; if
-                it takes an argument ``tasks``, those calls pass ``tasks=[i]`` (the task's number, or
-                its name if it returns a mapping) and it may return that task's loss alone. Without
-                sharpness it may be left out after ``backward(losses)``.
+                to them (in either, None for a task that is missing from the batch), or a 1-D tensor. It
+                runs the forward pass only: no ``backward()``, no ``zero_grad()``. With sharpness it is
+                called once plainly and once for every task; if it takes an argument ``tasks``, those
+                calls pass ``tasks=[i]`` (the task's number, or its name if it returns a mapping) and
+                it may return that task's loss alone. A list of closures is one for each micro-batch:
+                losses and gradients are added up. It may be left out after ``backward``.
 
         Returns:
             The losses of the clean pass, detached, as the closure returned them; None without one.
@@ -266,219 +349,77 @@ class MultiTaskOptimizer(Optimizer):
             FloatingPointError: a gradient is not finite (``nonfinite="raise"``).
             RuntimeError: neither a closure nor a ``backward()`` before.
         """
-        self._watch.poll()
-        if closure is None:
-            if self.sharpness is not None:
-                raise ValueError("closure must be given with sharpness: it runs several passes")
-            if not self._pending:
-                raise RuntimeError(
-                    "closure must be given, or backward(losses) called before step()"
+        found_inf = getattr(self, "found_inf", None)  # from GradScaler.step
+        losses = None
+        if closure is not None:
+            if found_inf is not None:
+                raise ValueError(
+                    "closure must not come through GradScaler.step, which looks at gradients before it "
+                    "runs: call backward(closure, scaler=scaler), then scaler.step(optimizer)"
                 )
-            self._pending = False
-            self.base_optimizer.step()
-            return None
-        self._pending = False
-        radii = self._radii()
-        if not any(radii.values()):
-            with torch.enable_grad():
-                losses = read_losses(closure())
-            self._plain_gradients(losses)
+            self._engine.drop()
+            losses = self.backward(closure)
+        elif not self._engine.is_open:
+            raise RuntimeError("closure must be given, or backward(losses) called before step()")
+        try:
+            made = amp.step(self.base_optimizer, self, self._engine.ok)
+        except BaseException:
+            self._engine.drop()
+            raise
+        if made:
+            self._engine.stepped()
         else:
-            self._before.save()
-            try:
-                with torch.enable_grad():
-                    losses = read_losses(closure())
-                self._flat_gradients(closure, losses, radii)
-            except BaseException:
-                self._before.restore()
-                raise
-        self.base_optimizer.step()
-        return losses.values
+            self._engine.drop()
+        return losses
 
-    def backward(self, losses: Losses) -> None:
+    def backward(
+        self,
+        losses: Losses | Closure | Sequence[Closure],
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Losses:
         """Writes the aggregated gradients into ``.grad``, so that clipping fits before ``step()``.
 
+        Called again before ``step()`` or ``zero_grad()``, it adds a further micro-batch: gradients are
+        those of the added losses (not with sharpness, which takes a list of closures).
+
         Args:
-            losses: as a closure of ``step`` returns them.
+            losses: as a closure of ``step`` returns them; with sharpness a closure, or one for each
+                micro-batch.
+            scaler: the ``GradScaler`` of a float16 autocast region. The losses are given as they are;
+                ``.grad`` comes scaled, as after ``scaler.scale(loss).backward()``, so that
+                ``scaler.unscale_(optimizer)``, ``scaler.step(optimizer)`` and ``scaler.update()`` follow as
+                ever. Weights are those of the unscaled gradients. Where any task's gradient is not
+                finite, the step is skipped and leaves everything as it was.
+
+        Returns:
+            The losses of the clean pass, detached.
 
         Raises:
-            ValueError: sharpness needs ``step(closure)``; or the losses do not fit.
-            FloatingPointError: a gradient is not finite (``nonfinite="raise"``).
+            ValueError, TypeError: sharpness needs a closure; or the losses do not fit.
+            FloatingPointError: a gradient is not finite (``nonfinite="raise"``, no scaler).
+            RuntimeError: a second micro-batch with sharpness.
         """
-        if self.sharpness is not None:
-            raise ValueError("backward must not be used with sharpness: give step() a closure")
-        self._pending = False
-        self._watch.poll()
-        self._plain_gradients(read_losses(losses))
-        self._pending = True
+        self._engine.poll()
+        scale = amp.scale_of(scaler, self._all_params())
+        for group in self.param_groups:
+            self._check_group(group)
+        passes = self._engine.gradients(losses, self.param_groups, scale)
+        assert passes.total is not None
+        return passes.total
 
     def last_status(self) -> dict[str, Any]:
         """What the last step found; reading it waits for the device.
 
         Returns:
-            "finite": whether each task's gradients were, by name; "loss" and, with sharpness, "flat":
-            the ``SolveStatus`` of each aggregation that it came to.
+            "finite": whether each task's gradients were, by name; "loss" and, with sharpness, "flat" (and
+            "outer" for ``aggregate="second"``): the ``SolveStatus`` of each aggregation that it came to.
 
         Raises:
             RuntimeError: there was no step yet.
         """
-        if self._finite is None or self._roles is None:
+        engine = self._engine
+        if engine.finite is None or engine.roles is None:
             raise RuntimeError("there was no step yet: no status")
-        finite = dict(zip(self._roles.tasks, self._finite.tolist(), strict=True))
-        return {"finite": finite, **self._statuses}
-
-    def _radii(self) -> dict[int, float]:
-        """id(parameter) -> rho; empty without sharpness."""
-        if self.sharpness is None:
-            return {}
-        radii: dict[int, float] = {}
-        for group in self.param_groups:
-            self._default_rho(group)  # a group may have come through the base optimizer
-            rho = check_radius("rho", group["rho"])
-            radii.update((id(p), rho) for p in group["params"])
-        return radii
-
-    def _capture(self, losses: TaskLosses) -> tuple[Roles, Captured]:
-        self._statuses = {}
-        params = [p for p in self._all_params() if p.requires_grad]
-        if not params:
-            raise ValueError("params must hold at least one that requires grad, got none")
-        roles = self._roles
-        if roles is not None and set(losses.names) == set(roles.tasks):
-            losses = losses.in_order(roles.tasks)
-        if roles is not None and losses.names != roles.tasks:
-            raise ValueError(
-                f"losses must be of the tasks {roles.tasks}, as before, got {losses.names}"
-            )
-        if roles is None or list(map(id, params)) != list(map(id, roles.params)):
-            roles = Roles(params, losses.names, self._shared, self._label)
-        captured = capture(losses, roles, params[0].device)
-        self._roles = roles  # only once its roles held
-        losses.outputs.clear()  # what is left of the graphs is not needed any more
-        return roles, captured
-
-    def _check_finite(self, roles: Roles, finite: Tensor) -> None:
-        """Remembers which tasks' gradients are finite ([T] bool), and acts on it as asked."""
-        self._finite = finite
-        if self.nonfinite == "raise":
-            self._watch.post(finite, roles.tasks)
-
-    def _finite_tasks(self, captured: Captured) -> Tensor:
-        finite = captured.shared_sq.isfinite()
-        for task, sq in captured.own_sq.items():
-            finite[task] &= sq.to(finite.device).isfinite()
-        return finite
-
-    def _weights(self, weighting: Weighting, gram: Tensor, finite: Tensor) -> Tensor:
-        """gram [T, T] -> weights [T]; a task that is not finite anywhere counts as without gradient."""
-        both = finite.unsqueeze(1) & finite.unsqueeze(0)
-        weights = weighting(torch.where(both, gram, torch.zeros_like(gram)))
-        name = "loss" if weighting is self.weighting else "flat"
-        self._statuses[name] = weighting.last_status()
-        return weights
-
-    def _plain_gradients(self, losses: TaskLosses) -> None:
-        roles, captured = self._capture(losses)
-        finite = self._finite_tasks(captured)
-        self._check_finite(roles, finite)
-        if roles.shared is not None:
-            weights = self._weights(self.weighting, self._gram(roles, captured), finite)
-            ops.combine(roles.shared.jac, weights, roles.shared.update)
-        self._write_grads(roles, captured, finite, perturbed=False)
-
-    def _gram(self, roles: Roles, captured: Captured) -> Tensor:
-        assert roles.shared is not None
-        if self.weighting.diagonal_only:
-            return captured.shared_sq.diag()  # the packing has counted the norms already
-        return ops.gram(roles.shared.jac)
-
-    def _flat_gradients(
-        self, closure: Closure, losses: TaskLosses, radii: dict[int, float]
-    ) -> None:
-        assert self.flat_weighting is not None
-        roles, captured = self._capture(losses)
-        finite = self._finite_tasks(captured)
-        self._check_finite(roles, finite)
-        # Only the plain gradients are known yet, so that a failure up to here has changed nothing.
-        by_task = "tasks" in inspect.signature(closure).parameters
-        self._clean.save()
-        blocks = [b for b in (roles.shared, *roles.own.values()) if b is not None]
-        for block in blocks:
-            block.save()
-        watching = self.model is None and not self._watched
-        perturbed_sq: list[list[Tensor]] = []
-        try:
-            with watch_for_running_statistics(watching):
-                for task, name in enumerate(roles.tasks):
-                    self._perturb(roles, captured, task, radii)
-                    with torch.enable_grad():
-                        again = read_losses(closure(tasks=[name]) if by_task else closure())
-                    position = self._position(again, roles, task, alone=by_task)
-                    perturbed_sq.append(capture_perturbed(again, task, position, roles))
-                    del again
-                    if task in roles.own:
-                        roles.own[task].restore()
-        finally:
-            _restore_all([*blocks, self._clean])
-        self._watched = True
-        for task, norms in enumerate(perturbed_sq):
-            for sq in norms:
-                finite[task] &= sq.to(finite.device).isfinite()
-        self._check_finite(roles, finite)
-        if roles.shared is not None:
-            jac, sam = roles.shared.jac, roles.shared.sam
-            loss_weights = self._weights(self.weighting, self._gram(roles, captured), finite)
-            flat_gram = ops.gram_difference(sam, jac)
-            flat_weights = self._weights(self.flat_weighting, flat_gram, finite)
-            ops.combine_flat(jac, loss_weights, sam, flat_weights, roles.shared.update)
-        self._write_grads(roles, captured, finite, perturbed=True)
-
-    def _perturb(
-        self, roles: Roles, captured: Captured, task: int, radii: dict[int, float]
-    ) -> None:
-        assert self.sharpness is not None
-        pairs = []
-        if roles.shared is not None:
-            pairs.append((roles.shared, roles.shared.jac[task], captured.shared_sq[task]))
-        if task in roles.own:
-            pairs.append((roles.own[task], roles.own[task].jac[0], captured.own_sq[task]))
-        for block, row, sq_norm in pairs:
-            rho = [radii[id(p)] for p in block.params]
-            block.perturb(
-                row, sq_norm, rho, adaptive=self.sharpness.adaptive, eta=self.sharpness.eta
-            )
-
-    @staticmethod
-    def _position(again: TaskLosses, roles: Roles, task: int, *, alone: bool) -> int:
-        """Where the task's loss stands in a perturbed pass: among all as before, or alone if asked for."""
-        if set(again.names) == set(roles.tasks):
-            return again.names.index(roles.tasks[task])
-        if alone and len(again.names) == 1 and again.names[0] in (0, roles.tasks[task]):
-            return 0
-        raise ValueError(
-            f"closure must return the losses of tasks {roles.tasks} when called again (or, if it takes "
-            f"tasks=, that of task {roles.tasks[task]!r} alone), got {again.names}"
-        )
-
-    def _write_grads(
-        self, roles: Roles, captured: Captured, finite: Tensor, *, perturbed: bool
-    ) -> None:
-        """.grad of every reached parameter <- a view; of the others <- None."""
-        reached = {id(roles.params[k]) for k in captured.reached}
-        # Frozen parameters too: a gradient of earlier must not move them.
-        for param in self._all_params():
-            if id(param) not in reached:
-                param.grad = None
-
-        def assign(index: Sequence[int], views: Sequence[Tensor]) -> None:
-            for k, view in zip(index, views, strict=True):
-                if k in captured.reached:
-                    roles.params[k].grad = view
-
-        if roles.shared is not None:
-            assign(roles.shared_index, roles.shared.views(roles.shared.update))
-        for task, block in roles.own.items():
-            # A copy: the next capture overwrites the row, and may fail before it has a gradient.
-            block.update.copy_((block.sam if perturbed else block.jac)[0])
-            block.update.masked_fill_(~finite[task].to(block.update.device), 0)
-            assign(roles.own_index[task], block.views(block.update))
+        finite = dict(zip(engine.roles.tasks, engine.finite.tolist(), strict=True))
+        return {"finite": finite, **engine.solves.statuses}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flatmtl.block import Block
@@ -41,6 +43,21 @@ def named_shared(
     return listed
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the blocks' buffers are to lie.
+
+    Attributes:
+        row_dtype: of the rows of gradients; None: the parameters'.
+        exempt: ids of parameters that the adaptive scaling leaves out.
+        adjacent: the shared block's two families of rows are one matrix.
+    """
+
+    row_dtype: torch.dtype | None = None
+    exempt: frozenset[int] = frozenset()
+    adjacent: bool = False
+
+
 class Roles:
     """The parameters' roles, found from which tasks' gradients reach them.
 
@@ -62,12 +79,15 @@ class Roles:
         tasks: Sequence[TaskName],
         named: Sequence[Tensor] | None,
         label: Callable[[Tensor], str],
+        layout: Layout | None = None,
     ) -> None:
         self.params = list(params)
         self.tasks = list(tasks)
         self._named = None if named is None else {id(p) for p in named}
         self._label = label
+        self._layout = layout or Layout()
         self._reach: list[set[int]] = [set() for _ in params]
+        self._seen: set[int] = set()  # tasks that an earlier pass had
         self._new: dict[int, set[int]] = {}  # parameter -> tasks that first reached it this pass
         self.shared: Block | None = None
         self.own: dict[int, Block] = {}
@@ -84,35 +104,60 @@ class Roles:
         """Notes what one task's gradients reach. True if the roles have to be settled (again).
 
         Raises:
-            ValueError: a parameter that belonged to one task is reached by another, or a gradient is
-                sparse.
+            ValueError: a parameter that belonged to one task is reached by another that was there
+                before, or a gradient is sparse.
         """
         fresh = False
         for k, grad in enumerate(grads):
             if grad is None or task in self._reach[k]:
                 continue
-            before = self._reach[k] - self._new.get(k, set())
-            if self.settled and before and not self._is_shared(k):
-                raise ValueError(
-                    f"{self._label(self.params[k])} must keep one role: it belonged to task "
-                    f"{self.tasks[next(iter(before))]!r} alone, and task {self.tasks[task]!r} reaches it "
-                    "now; name the shared parameters with shared="
-                )
             if grad.layout != self.params[k].layout:
                 raise ValueError(
                     f"{self._label(self.params[k])} must have a dense gradient, got layout {grad.layout}"
                 )
-            fresh = fresh or not before
-            self._reach[k].add(task)
-            self._new.setdefault(k, set()).add(task)
+            fresh = self.note_reach(task, k) or fresh
         return fresh
 
-    def end_pass(self, *, keep: bool) -> None:
-        """Keeps what ``note`` has noted since the last call, or forgets it (the pass has failed)."""
+    def note_reach(self, task: int, k: int) -> bool:
+        """Notes that a task reaches parameter ``k``. True if the roles have to be settled (again).
+
+        Raises:
+            ValueError: the parameter belonged to one task, and this one was there before.
+        """
+        if task in self._reach[k]:
+            return False
+        before = self._reach[k] - self._new.get(k, set())
+        newcomer = task not in self._seen  # what it reaches was not known yet
+        was_shared = self._is_shared(k)
+        if self.settled and before and not newcomer and not was_shared:
+            raise ValueError(
+                f"{self._label(self.params[k])} must keep one role: it belonged to task "
+                f"{self.tasks[next(iter(before))]!r} alone, and task {self.tasks[task]!r} reaches it "
+                "now; name the shared parameters with shared="
+            )
+        self._reach[k].add(task)
+        self._new.setdefault(k, set()).add(task)
+        return not before or not was_shared
+
+    def end_pass(self, tasks: Collection[int], *, keep: bool) -> None:
+        """Keeps what ``note`` has noted of these tasks since the last call, or forgets it (a failed pass)."""
         if not keep:
-            for k, tasks in self._new.items():
-                self._reach[k] -= tasks
+            for k, noted in self._new.items():
+                self._reach[k] -= noted
+        else:
+            self._seen.update(tasks)
         self._new = {}
+
+    def reach(self) -> list[list[int]]:
+        """The tasks that have reached each parameter, for a checkpoint."""
+        return [sorted(tasks) for tasks in self._reach]
+
+    def take_reach(self, reach: Sequence[Sequence[int]]) -> None:
+        """Takes up what ``reach`` gave and lays out the blocks."""
+        self._reach = [set(tasks) for tasks in reach]
+        self._seen = set().union(*self._reach)
+        if any(self._reach):
+            self.settle()
 
     def settle(self) -> None:
         """Gives every reached parameter its role and lays out the blocks.
@@ -136,13 +181,37 @@ class Roles:
                     f"shared must name {self._label(self.params[k])}, or only one task may reach it: "
                     f"tasks {names} do"
                 )
-        shared = self._block(shared_index, len(self.tasks)) if shared_index else None
+        for index in (shared_index, *own_index.values()):
+            index.sort(key=self._is_exempt)  # stable: the exempt ones last
+        shared = None
+        if shared_index:
+            rows = len(self.tasks)
+            shared = self._block(shared_index, rows, adjacent=self._layout.adjacent)
         own = {task: self._block(index, 1) for task, index in own_index.items()}
         # Nothing has changed up to here, should a role not hold.
         self.shared, self.shared_index = shared, shared_index
         self.own, self.own_index = own, own_index
         self.settled = True
 
-    def _block(self, index: Sequence[int], rows: int) -> Block:
+    def _is_exempt(self, k: int) -> bool:
+        return id(self.params[k]) in self._layout.exempt
+
+    def _block(self, index: Sequence[int], rows: int, *, adjacent: bool = False) -> Block:
         chosen = [self.params[k] for k in index]
-        return Block(chosen, [self._label(p) for p in chosen], rows)
+        return Block(
+            chosen,
+            [self._label(p) for p in chosen],
+            rows,
+            row_dtype=self._row_dtype(chosen[0]),
+            exempt=sum(map(self._is_exempt, index)),
+            adjacent=adjacent,
+        )
+
+    def _row_dtype(self, param: Tensor) -> torch.dtype | None:
+        # narrower rows are for float32 parameters; others keep their own dtype
+        return self._layout.row_dtype if param.dtype == torch.float32 else None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, the shared one first."""
+        return [b for b in (self.shared, *self.own.values()) if b is not None]

@@ -943,7 +943,7 @@ def test_unknown_weighting(weighting, rng):
 
 
 @pytest.mark.parametrize("options", [
-    {"sharpness": 0.05}, {"sharpness": "sam"}, {"nonfinite": "skip"}, {"model": 3},
+    {"sharpness": 0.05}, {"sharpness": "sam"}, {"nonfinite": "ignore"}, {"model": 3},
     {"shared": 3}, {"shared": [3]},
 ])  # fmt: skip
 def test_bad_options(options, rng):

@@ -46,8 +46,8 @@ def test_a_shared_parameter_that_turns_up_later(sharpness, rng):
     before = late.detach().clone()
     opt.step(lambda: [(a + late).square().sum(), (2 * a - late).square().sum()])
     assert not torch.equal(late, before)
-    assert opt._roles is not None
-    assert len(opt._roles.shared_index) == 2
+    assert opt._engine.roles is not None
+    assert len(opt._engine.roles.shared_index) == 2
 
 
 def test_a_failed_step_forgets_what_it_saw(rng):

@@ -24,13 +24,46 @@ inline void check_row_type(const char* name, const Tensor& t) {
                   static_cast<int>(type));
 }
 
-inline void check_like(const char* name, const Tensor& t, const char* other_name,
-                       const Tensor& other) {
-  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the dtype of ",
-                  other_name);
+inline const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    default:
+      return "another dtype";
+  }
+}
+
+inline void check_device(const char* name, const Tensor& t, const char* other_name,
+                         const Tensor& other) {
   STD_TORCH_CHECK(
       t.get_device_index() == other.get_device_index() && t.is_cuda() == other.is_cuda(), name,
       " must be on the device of ", other_name);
+}
+
+inline void check_like(const char* name, const Tensor& t, const char* other_name,
+                       const Tensor& other) {
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the dtype of ",
+                  other_name, " (", type_name(other.scalar_type()), "), got ",
+                  type_name(t.scalar_type()));
+  check_device(name, t, other_name, other);
+}
+
+// What lies beside rows (gradients, parameters, the saved copy, a weighted sum): of the rows'
+// dtype, or float32 beside rows in half precision.
+inline void check_beside(const char* name, const Tensor& t, const char* row_name,
+                         const Tensor& row) {
+  const ScalarType type = t.scalar_type(), narrow = row.scalar_type();
+  const bool half = narrow == ScalarType::BFloat16 || narrow == ScalarType::Half;
+  STD_TORCH_CHECK(type == narrow || (half && type == ScalarType::Float), name,
+                  " must have the dtype of ", row_name, " (", type_name(narrow),
+                  "), or float32 where that is bfloat16 or float16, got ", type_name(type));
+  check_device(name, t, row_name, row);
 }
 
 // [T, P], rows of consecutive elements that do not overlap.
@@ -59,12 +92,12 @@ inline void check_flat(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), name, " must be 1-D and contiguous");
 }
 
-inline void check_same_flat(const char* name, const Tensor& t, const char* other_name,
-                            const Tensor& other) {
-  check_flat(name, t);
-  check_like(name, t, other_name, other);
-  STD_TORCH_CHECK(t.size(0) == other.size(0), name, " must have ", other.size(0), " elements, as ",
-                  other_name, ", got ", t.size(0));
+// The flat parameters beside a row of gradients.
+inline void check_saved(const Tensor& saved, const Tensor& row) {
+  check_flat("saved", saved);
+  check_beside("saved", saved, "row", row);
+  STD_TORCH_CHECK(saved.size(0) == row.size(0), "saved must have ", row.size(0),
+                  " elements, as row, got ", saved.size(0));
 }
 
 // Small dense operands of a solve or a sum.
@@ -82,15 +115,16 @@ inline void check_small(const char* name, const Tensor& t, ScalarType type, cons
   STD_TORCH_CHECK(fits, name, " does not have the shape that the other arguments ask for");
 }
 
-// Tensors laid at ascending offsets of a row, without overlap.
+// Tensors of one dtype, that of `like`, laid at ascending offsets of a row, without overlap.
 inline void check_segments(const char* name, const std::vector<Tensor>& tensors,
-                           const std::vector<int64_t>& offsets, const Tensor& row) {
+                           const std::vector<int64_t>& offsets, const Tensor& row,
+                           const char* like_name, const Tensor& like) {
   STD_TORCH_CHECK(tensors.size() == offsets.size(), "offsets must have one entry for each of ",
                   name, " (", tensors.size(), "), got ", offsets.size());
   int64_t end = 0;
   for (size_t k = 0; k < tensors.size(); ++k) {
     const std::string which = std::string(name) + "[" + std::to_string(k) + "]";
-    check_like(which.c_str(), tensors[k], "row", row);
+    check_like(which.c_str(), tensors[k], like_name, like);
     STD_TORCH_CHECK(tensors[k].is_contiguous(), which, " must be contiguous");
     STD_TORCH_CHECK(offsets[k] >= end, "offsets[", k, "] must be at least ", end, ", got ",
                     offsets[k]);
@@ -101,10 +135,18 @@ inline void check_segments(const char* name, const std::vector<Tensor>& tensors,
   }
 }
 
+// pack_row_'s operands.
+inline void check_pack(const Tensor& row, const std::vector<Tensor>& grads,
+                       const std::vector<int64_t>& offsets) {
+  check_flat("row", row);
+  if (!grads.empty()) check_beside("grads[0]", grads[0], "row", row);
+  check_segments("grads", grads, offsets, row, "grads[0]", grads.empty() ? row : grads[0]);
+}
+
 // The row [P] that a weighted sum of jac's rows goes to.
 inline void check_out_row(const Tensor& out, const Tensor& jac) {
   check_flat("out", out);
-  check_like("out", out, "jac", jac);
+  check_beside("out", out, "jac", jac);
   STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
                   out.size(0));
 }
@@ -114,8 +156,8 @@ inline void check_perturb(const std::vector<Tensor>& params, const Tensor& saved
                           const Tensor& sq_norm, const std::vector<int64_t>& offsets,
                           const std::vector<double>& rho) {
   check_flat("row", row);
-  check_same_flat("saved", saved, "row", row);
-  check_segments("params", params, offsets, row);
+  check_saved(saved, row);
+  check_segments("params", params, offsets, row, "saved", saved);
   check_small("sq_norm", sq_norm, ScalarType::Double, row, {});
   STD_TORCH_CHECK(rho.size() == params.size(), "rho must have one entry for each of params (",
                   params.size(), "), got ", rho.size());

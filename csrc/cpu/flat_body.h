@@ -1,4 +1,7 @@
 // Kernels over flat rows: weighted sums, packing, perturbation. All bandwidth-bound.
+//
+// D is the rows' type. Where a second one is named (O of a sum, G of gradients, S of parameters) it
+// is D, or F32 beside BF16 and F16: the arithmetic type and the number of lanes are the same.
 
 // Sum over n elements of f(x, k)^2, where x holds elements k.. of p (zero beyond the end): four
 // vectors at a time, at most 32 terms a lane in float, then double.
@@ -73,7 +76,7 @@ inline bool vector_aligned(const typename D::elem* p) {
 
 // Rows are taken in groups, a block of columns at a time: more streams than a group holds would
 // outrun the prefetcher. The sums wait in the first-level cache between groups.
-template <class D>
+template <class D, class O>
 void combine_of(Rows jac, const double* a, Rows sam, const double* b, int64_t tasks, void* out,
                 int64_t begin, int64_t end, bool stream) {
   typedef typename D::acc A;
@@ -82,8 +85,8 @@ void combine_of(Rows jac, const double* a, Rows sam, const double* b, int64_t ta
   constexpr int64_t kGroup = 16, kBlock = 16 * U * N;
   const E* x = static_cast<const E*>(jac.base);
   const E* s = static_cast<const E*>(sam.base);
-  E* to = static_cast<E*>(out);
-  stream = stream && vector_aligned<D>(to + begin);
+  typename O::elem* to = static_cast<typename O::elem*>(out);
+  stream = stream && vector_aligned<O>(to + begin);
   alignas(64) A waiting[kBlock];
   const int64_t whole = begin + (end - begin) / (U * N) * (U * N);
   for (int64_t block = begin; block < whole; block += kBlock) {
@@ -99,16 +102,16 @@ void combine_of(Rows jac, const double* a, Rows sam, const double* b, int64_t ta
           if (last < tasks)
             store_vec<A>(waiting + (k - block) + u * N, sum[u]);
           else if (stream)
-            stream_vec<D>(to + k + u * N, sum[u]);
+            stream_vec<O>(to + k + u * N, sum[u]);
           else
-            D::store(to + k + u * N, sum[u]);
+            O::store(to + k + u * N, sum[u]);
         }
       }
     }
   }
   for (int64_t k = whole; k < end; k += N) {
     const int64_t left = end - k < N ? end - k : N;
-    store_some<D>(to + k,
+    store_some<O>(to + k,
                   combine_end<D>(x + k, jac.stride, a, s ? s + k : s, sam.stride, b, tasks, left),
                   left);
   }
@@ -196,26 +199,61 @@ inline void each_piece(const Segments& segments, int64_t begin, int64_t end, F f
   }
 }
 
+// out <- source, n elements, of one type. Returns the sum of squares.
 template <class D>
+inline double copy_squares(typename D::elem* out, const typename D::elem* source, int64_t n) {
+  constexpr int N = Lanes<typename D::acc>::n;
+  double total = 0;
+  // Small steps, so that what was just copied is still in the first-level cache when it is
+  // squared.
+  for (int64_t m = 0; m < n; m += 128 * N) {
+    const int64_t step = n - m < 128 * N ? n - m : 128 * N;
+    __builtin_memcpy(out + m, source + m, static_cast<size_t>(step) * sizeof(*out));
+    total += squares<D>(source + m, step, [](vec<typename D::acc> v, int64_t) { return v; });
+  }
+  return total;
+}
+
+// out <- source, or out + source, n elements, rounded to the row's type. Returns the sum of squares
+// of what was stored.
+template <class D, class G, bool accumulate>
+inline double move_squares(typename D::elem* out, const typename G::elem* source, int64_t n) {
+  typedef typename D::acc A;
+  constexpr int N = Lanes<A>::n;
+  return squares<G>(source, n, [&](vec<A> x, int64_t k) {
+    const int64_t left = n - k;
+    if (accumulate) x = (left >= N ? D::load(out + k) : load_some<D>(out + k, left)) + x;
+    if (left >= N)
+      D::store(out + k, x);
+    else
+      store_some<D>(out + k, x, left);
+    return D::rounded(x);
+  });
+}
+
+template <class D, class G, bool accumulate>
 double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end) {
   typedef typename D::elem E;
-  constexpr int N = Lanes<typename D::acc>::n;
   E* out = static_cast<E*>(row);
   double total = 0;
   int64_t done = begin;
+  const auto between = [&](int64_t position) {  // [done, position) of the row
+    if (accumulate)
+      total += squares<D>(out + done, position - done,
+                          [](vec<typename D::acc> v, int64_t) { return v; });
+    else
+      __builtin_memset(out + done, 0, static_cast<size_t>(position - done) * sizeof(E));
+  };
   each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
-    __builtin_memset(out + done, 0, static_cast<size_t>(position - done) * sizeof(E));
-    const E* source = static_cast<const E*>(segments.data[k]) + from;
-    // Small steps, so that what was just copied is still in the first-level cache when it is
-    // squared.
-    for (int64_t m = 0; m < to - from; m += 128 * N) {
-      const int64_t n = to - from - m < 128 * N ? to - from - m : 128 * N;
-      __builtin_memcpy(out + position + m, source + m, static_cast<size_t>(n) * sizeof(E));
-      total += squares<D>(source + m, n, [](vec<typename D::acc> v, int64_t) { return v; });
-    }
+    between(position);
+    const typename G::elem* source = static_cast<const typename G::elem*>(segments.data[k]) + from;
+    if constexpr (accumulate || sizeof(E) != sizeof(*source))
+      total += move_squares<D, G, accumulate>(out + position, source, to - from);
+    else
+      total += copy_squares<D>(out + position, source, to - from);
     done = position + (to - from);
   });
-  __builtin_memset(out + done, 0, static_cast<size_t>(end - done) * sizeof(E));
+  between(end);
   return total;
 }
 
@@ -224,30 +262,30 @@ inline vec<A> magnitude(vec<A> x) {
   return x < 0 ? -x : x;
 }
 
-template <class D>
+template <class D, class S>
 double adaptive_squares_of(const void* saved, const void* row, double eta, int64_t begin,
                            int64_t end) {
   typedef typename D::acc A;
   typedef typename D::elem E;
-  const E* theta = static_cast<const E*>(saved) + begin;
+  const typename S::elem* theta = static_cast<const typename S::elem*>(saved) + begin;
   const int64_t n = end - begin;
   const vec<A> shift = splat<A>(static_cast<A>(eta));
   return squares<D>(static_cast<const E*>(row) + begin, n, [&](vec<A> g, int64_t k) {
-    const vec<A> t = n - k >= Lanes<A>::n ? D::load(theta + k) : load_some<D>(theta + k, n - k);
+    const vec<A> t = n - k >= Lanes<A>::n ? S::load(theta + k) : load_some<S>(theta + k, n - k);
     return (magnitude<A>(t) + shift) * g;
   });
 }
 
-template <class D>
+template <class D, class S>
 void perturb_of(const Segments& segments, const void* saved, const void* row, const double* scale,
                 bool adaptive, double eta, int64_t begin, int64_t end) {
   typedef typename D::acc A;
-  typedef typename D::elem E;
+  typedef typename S::elem E;
   constexpr int N = Lanes<A>::n;
   const vec<A> shift = splat<A>(static_cast<A>(eta));
   each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
     const E* theta = static_cast<const E*>(saved) + position;
-    const E* g = static_cast<const E*>(row) + position;
+    const typename D::elem* g = static_cast<const typename D::elem*>(row) + position;
     E* out = static_cast<E*>(segments.data[k]) + from;
     const int64_t n = to - from;
     const A s = static_cast<A>(scale[k]);
@@ -258,7 +296,7 @@ void perturb_of(const Segments& segments, const void* saved, const void* row, co
     const vec<A> factor = splat<A>(s);
     for (int64_t m = 0; m < n; m += N) {
       const int64_t left = n - m;
-      const vec<A> t = left >= N ? D::load(theta + m) : load_some<D>(theta + m, left);
+      const vec<A> t = left >= N ? S::load(theta + m) : load_some<S>(theta + m, left);
       vec<A> x = left >= N ? D::load(g + m) : load_some<D>(g + m, left);
       if (adaptive) {
         const vec<A> size = magnitude<A>(t) + shift;
@@ -266,9 +304,9 @@ void perturb_of(const Segments& segments, const void* saved, const void* row, co
       }
       const vec<A> moved = t + factor * x;
       if (left >= N)
-        D::store(out + m, moved);
+        S::store(out + m, moved);
       else
-        store_some<D>(out + m, moved, left);
+        store_some<S>(out + m, moved, left);
     }
   });
 }

@@ -24,6 +24,8 @@ struct Segments {
   int64_t count;
 };
 
+// Two types: that of the rows, and that of what lies beside them (gradients, parameters, a sum):
+// the same, or f32 beside bf16 and f16 rows.
 struct Kernels {
   // partial[i, j] (i <= j, stride T) = sum over columns [begin, end) of x_i x_j, where x = jac, or
   // sam - jac if sam.base is not null. scratch: gram_scratch(T) bytes, 64-byte aligned.
@@ -34,22 +36,24 @@ struct Kernels {
   void (*row_squares)(Row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial);
   // out[begin, end) = sum_i a_i jac_i + sum_i b_i (sam_i - jac_i); a row with a_i = b_i = 0 is not
   // read, nor sam_i where b_i = 0. a, b: [T]; b may be null. stream: write past the caches.
-  void (*combine)(Row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks,
-                  void* out, int64_t begin, int64_t end, bool stream);
+  void (*combine)(Row, Row out_type, Rows jac, const double* a, Rows sam, const double* b,
+                  int64_t tasks, void* out, int64_t begin, int64_t end, bool stream);
   // out_r[begin, end) = sum_i c_ri jac_i, r < outputs; a zero coefficient is not multiplied. c: [R,
   // T].
   void (*project)(Row, Rows jac, const double* coefficients, int64_t tasks, int64_t outputs,
                   void* out, int64_t out_stride, int64_t begin, int64_t end);
-  // row[begin, end) <- the segments' elements, 0 between them; returns the sum of squares.
-  double (*pack)(Row, Segments, void* row, int64_t begin, int64_t end);
+  // row[begin, end) <- the segments' elements, 0 between them; accumulate: they are added to the
+  // row, which stays as it is between them. Returns the sum of squares of what then stands there.
+  double (*pack)(Row, Row segments_type, Segments, void* row, bool accumulate, int64_t begin,
+                 int64_t end);
   // sum over [begin, end) of ((|saved| + eta) row)^2
-  double (*adaptive_squares)(Row, const void* saved, const void* row, double eta, int64_t begin,
-                             int64_t end);
+  double (*adaptive_squares)(Row, Row saved_type, const void* saved, const void* row, double eta,
+                             int64_t begin, int64_t end);
   // Elements [begin, end) of the flat row, into the segments: saved + scale_k * row, adaptive:
   // saved + scale_k (|saved| + eta)^2 row; saved itself where scale_k = 0. scale: a value a
-  // segment.
-  void (*perturb)(Row, Segments, const void* saved, const void* row, const double* scale,
-                  bool adaptive, double eta, int64_t begin, int64_t end);
+  // segment. The segments are of saved's type.
+  void (*perturb)(Row, Row saved_type, Segments, const void* saved, const void* row,
+                  const double* scale, bool adaptive, double eta, int64_t begin, int64_t end);
   void (*restore)(Row, Segments, const void* saved, int64_t begin, int64_t end);
 };
 

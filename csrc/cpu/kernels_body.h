@@ -30,6 +30,13 @@ inline auto by_row(Row row, F f) {
   }
 }
 
+// The pairs that exist: twice the same type, or float32 beside rows in half precision.
+template <class F>
+inline auto by_rows(Row row, Row beside, F f) {
+  if (row == beside) return by_row(row, [&](auto d) { return f(d, d); });
+  return row == Row::bf16 ? f(BF16{}, F32{}) : f(F16{}, F32{});
+}
+
 const Kernels kTable = {
     [](Row row, Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
        double* partial) {
@@ -43,10 +50,10 @@ const Kernels kTable = {
     [](Row row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial) {
       by_row(row, [&](auto d) { row_squares_of<decltype(d)>(jac, tasks, begin, end, partial); });
     },
-    [](Row row, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks, void* out,
-       int64_t begin, int64_t end, bool stream) {
-      by_row(row, [&](auto d) {
-        combine_of<decltype(d)>(jac, a, sam, b, tasks, out, begin, end, stream);
+    [](Row row, Row out_type, Rows jac, const double* a, Rows sam, const double* b, int64_t tasks,
+       void* out, int64_t begin, int64_t end, bool stream) {
+      by_rows(row, out_type, [&](auto d, auto o) {
+        combine_of<decltype(d), decltype(o)>(jac, a, sam, b, tasks, out, begin, end, stream);
       });
     },
     [](Row row, Rows jac, const double* coefficients, int64_t tasks, int64_t outputs, void* out,
@@ -55,18 +62,26 @@ const Kernels kTable = {
         project_of<decltype(d)>(jac, coefficients, tasks, outputs, out, out_stride, begin, end);
       });
     },
-    [](Row row, Segments segments, void* to, int64_t begin, int64_t end) {
-      return by_row(row, [&](auto d) { return pack_of<decltype(d)>(segments, to, begin, end); });
-    },
-    [](Row row, const void* saved, const void* grad, double eta, int64_t begin, int64_t end) {
-      return by_row(row, [&](auto d) {
-        return adaptive_squares_of<decltype(d)>(saved, grad, eta, begin, end);
+    [](Row row, Row segments_type, Segments segments, void* to, bool accumulate, int64_t begin,
+       int64_t end) {
+      return by_rows(row, segments_type, [&](auto d, auto g) {
+        using D = decltype(d);
+        using G = decltype(g);
+        return accumulate ? pack_of<D, G, true>(segments, to, begin, end)
+                          : pack_of<D, G, false>(segments, to, begin, end);
       });
     },
-    [](Row row, Segments segments, const void* saved, const void* grad, const double* scale,
-       bool adaptive, double eta, int64_t begin, int64_t end) {
-      by_row(row, [&](auto d) {
-        perturb_of<decltype(d)>(segments, saved, grad, scale, adaptive, eta, begin, end);
+    [](Row row, Row saved_type, const void* saved, const void* grad, double eta, int64_t begin,
+       int64_t end) {
+      return by_rows(row, saved_type, [&](auto d, auto s) {
+        return adaptive_squares_of<decltype(d), decltype(s)>(saved, grad, eta, begin, end);
+      });
+    },
+    [](Row row, Row saved_type, Segments segments, const void* saved, const void* grad,
+       const double* scale, bool adaptive, double eta, int64_t begin, int64_t end) {
+      by_rows(row, saved_type, [&](auto d, auto s) {
+        perturb_of<decltype(d), decltype(s)>(segments, saved, grad, scale, adaptive, eta, begin,
+                                             end);
       });
     },
     [](Row row, Segments segments, const void* saved, int64_t begin, int64_t end) {

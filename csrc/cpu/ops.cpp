@@ -156,11 +156,11 @@ Tensor sum_chunks(const Tensor& row, const F& f) {
 
 Tensor adaptive_sq_norm(const Tensor& saved, const Tensor& row, double eta) {
   check_flat("row", row);
-  check_same_flat("saved", saved, "row", row);
-  const Row type = row_of(row);
+  check_saved(saved, row);
+  const Row type = row_of(row), saved_type = row_of(saved);
   const void *theta = saved.const_data_ptr(), *grad = row.const_data_ptr();
   return sum_chunks(row, [&](int64_t begin, int64_t end) {
-    return kernels().adaptive_squares(type, theta, grad, eta, begin, end);
+    return kernels().adaptive_squares(type, saved_type, theta, grad, eta, begin, end);
   });
 }
 
@@ -171,15 +171,15 @@ const double* small(const Tensor& t) { return static_cast<const double*>(t.const
 void combine_rows(const Tensor& jac, const double* a, Rows sam, const double* b,
                   const Tensor& out) {
   const Rows rows = rows_of(jac);
-  const Row row = row_of(jac);
+  const Row row = row_of(jac), sum = row_of(out);
   const int64_t tasks = jac.size(0), columns = jac.size(1);
   void* to = out.mutable_data_ptr();
   // An output beyond the caches is written past them.
-  const bool stream = columns * element_size(row) >= 8 * kMegabyte;
+  const bool stream = columns * element_size(sum) >= 8 * kMegabyte;
   const Chunks chunks = cut(columns, 8192, INT64_MAX / 2);
   run(chunks, chunks.size * (tasks + 1), [&](int64_t first, int64_t last) {
-    kernels().combine(row, rows, a, sam, b, tasks, to, chunks.begin(first), chunks.end(last - 1),
-                      stream);
+    kernels().combine(row, sum, rows, a, sam, b, tasks, to, chunks.begin(first),
+                      chunks.end(last - 1), stream);
   });
 }
 
@@ -240,14 +240,13 @@ Segments view(const SegmentTable& table) {
 }
 
 Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
-                 const std::vector<int64_t>& offsets) {
-  check_flat("row", row);
-  check_segments("grads", grads, offsets, row);
+                 const std::vector<int64_t>& offsets, bool accumulate) {
+  check_pack(row, grads, offsets);
   const SegmentTable table(grads, offsets);
-  const Row type = row_of(row);
+  const Row type = row_of(row), grads_type = grads.empty() ? type : row_of(grads[0]);
   void* to = row.mutable_data_ptr();
   return sum_chunks(row, [&](int64_t begin, int64_t end) {
-    return kernels().pack(type, view(table), to, begin, end);
+    return kernels().pack(type, grads_type, view(table), to, accumulate, begin, end);
   });
 }
 
@@ -260,11 +259,11 @@ void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tens
   const double inverse = norm2 > 0 && std::isfinite(norm2) ? 1.0 / std::sqrt(norm2) : 0.0;
   std::vector<double> scale = table.select(rho);
   for (double& s : scale) s *= inverse;
-  const Row type = row_of(row);
+  const Row type = row_of(row), params_type = row_of(saved);
   const void *theta = saved.const_data_ptr(), *grad = row.const_data_ptr();
   const Chunks chunks = cut(row.size(0), 16384, INT64_MAX / 2);
   run(chunks, chunks.size, [&](int64_t first, int64_t last) {
-    kernels().perturb(type, view(table), theta, grad, scale.data(), adaptive, eta,
+    kernels().perturb(type, params_type, view(table), theta, grad, scale.data(), adaptive, eta,
                       chunks.begin(first), chunks.end(last - 1));
   });
 }
@@ -272,7 +271,7 @@ void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tens
 void restore_(const std::vector<Tensor>& params, const Tensor& saved,
               const std::vector<int64_t>& offsets) {
   check_flat("saved", saved);
-  check_segments("params", params, offsets, saved);
+  check_segments("params", params, offsets, saved, "saved", saved);
   const SegmentTable table(params, offsets);
   const Row type = row_of(saved);
   const void* theta = saved.const_data_ptr();

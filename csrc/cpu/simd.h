@@ -93,16 +93,19 @@ struct F32 {
   typedef float acc;
   static vec<float> load(const elem* p) { return load_vec<float>(p); }
   static void store(elem* p, vec<float> v) { store_vec<float>(p, v); }
+  static vec<float> rounded(vec<float> v) { return v; }  // what a load after the store gives
 };
 struct F64 {
   typedef double elem;
   typedef double acc;
   static vec<double> load(const elem* p) { return load_vec<double>(p); }
   static void store(elem* p, vec<double> v) { store_vec<double>(p, v); }
+  static vec<double> rounded(vec<double> v) { return v; }
 };
 struct BF16 {
   typedef uint16_t elem;
   typedef float acc;
+  typedef uint32_t word_vec __attribute__((vector_size(FLATMTL_VECTOR_BYTES)));
 #if FLATMTL_VECTOR_BYTES == 16
   static vec<float> load(const elem* p) {
     return vec<float>{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])};
@@ -110,7 +113,6 @@ struct BF16 {
 #else
   typedef uint16_t half_vec
       __attribute__((vector_size(FLATMTL_VECTOR_BYTES / 2), aligned(2), may_alias));
-  typedef uint32_t word_vec __attribute__((vector_size(FLATMTL_VECTOR_BYTES)));
   static vec<float> load(const elem* p) {
     const word_vec wide = __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), word_vec);
     return reinterpret_cast<vec<float>>(wide << 16);
@@ -118,6 +120,11 @@ struct BF16 {
 #endif
   static void store(elem* p, vec<float> v) {
     for (int k = 0; k < Lanes<float>::n; ++k) p[k] = to_bf16(v[k]);
+  }
+  static vec<float> rounded(vec<float> v) {  // to_bf16 and back
+    const word_vec u = reinterpret_cast<word_vec>(v);
+    const word_vec nearest = u + 0x7fffu + ((u >> 16) & 1), quiet = u | 0x400000u;
+    return reinterpret_cast<vec<float>>((v == v ? nearest : quiet) & 0xffff0000u);
   }
 };
 struct F16 {
@@ -132,6 +139,10 @@ struct F16 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
   }
+  static vec<float> rounded(vec<float> v) {
+    return reinterpret_cast<vec<float>>(
+        _mm512_cvtph_ps(_mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT)));
+  }
 #elif defined(__F16C__)
   static vec<float> load(const elem* p) {
     return reinterpret_cast<vec<float>>(
@@ -141,12 +152,20 @@ struct F16 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
   }
+  static vec<float> rounded(vec<float> v) {
+    return reinterpret_cast<vec<float>>(
+        _mm256_cvtph_ps(_mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT)));
+  }
 #else
   static vec<float> load(const elem* p) {
     return vec<float>{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])};
   }
   static void store(elem* p, vec<float> v) {
     for (int k = 0; k < Lanes<float>::n; ++k) p[k] = to_f16(v[k]);
+  }
+  static vec<float> rounded(vec<float> v) {
+    for (int k = 0; k < Lanes<float>::n; ++k) v[k] = from_f16(to_f16(v[k]));
+    return v;
   }
 #endif
 };

@@ -1,9 +1,10 @@
 """The operators flatmtl is made of, on flat rows of task gradients and on their Gram matrices.
 
 ``jac`` is the T x P matrix of task gradients: one row a task, any row stride, float32, float64,
-bfloat16 or float16. Sums of products are float64 and the same bits on every run, whatever the number
-of threads. Nothing here reads a value on the host. Each operator runs its C++ or CUDA body where that
-is loaded, and plain torch (``flatmtl.ops.reference``) elsewhere. The solvers, from Gram matrices to
+bfloat16 or float16. Gradients, parameters and updates are of the rows' dtype, or float32 beside rows in
+bfloat16 or float16. Sums of products are float64 and the same bits on every run, whatever the number of
+threads. Nothing here reads a value on the host. Each operator runs its C++ or CUDA body where that is
+loaded, and plain torch (``flatmtl.ops.reference``) elsewhere. The solvers, from Gram matrices to
 weights, are in ``flatmtl.ops.solvers``.
 """
 
@@ -143,7 +144,7 @@ def _pair(name: str, other: Tensor, jac: Tensor) -> None:
 def _out_row(out: Tensor | None, jac: Tensor) -> Tensor:
     if out is None:
         return jac.new_empty(jac.shape[1])
-    _check.like("out", _check.flat("out", out), "jac", jac)
+    _check.beside("out", _check.flat("out", out), "jac", jac)
     _check.shape("out", out, jac.shape[1])
     _check.no_overlap("out", out, "jac", jac)
     return out
@@ -157,7 +158,9 @@ def combine(jac: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         jac: [T, P].
         weights: float32 or float64 [T], on the device of ``jac``.
-        out: [P], dtype and device of ``jac``; allocated if None. Must not share memory with ``jac``.
+        out: [P], on the device of ``jac``, of its dtype, or float32 where that is bfloat16 or float16
+            (the sum is then not rounded to it); allocated, of ``jac``'s dtype, if None. Must not share
+            memory with ``jac``.
 
     Returns:
         ``out``.
@@ -183,7 +186,7 @@ def combine_flat(
         a: float32 or float64 [T], weights of the losses' gradients.
         sam: [T, P], gradients at the perturbed parameters.
         b: float32 or float64 [T], weights of the flat parts. ``sam_i`` is not read where ``b_i`` is 0.
-        out: [P]; allocated if None.
+        out: [P], as in ``combine``; allocated if None. Must not share memory with ``jac`` or ``sam``.
 
     Returns:
         ``out``.
@@ -261,23 +264,30 @@ def affinity(gram: Tensor, losses: Tensor, lr: float) -> Tensor:
     return _ops.affinity.default(_check.double(square), _check.double(vector), float(lr))
 
 
-def pack_row_(row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int]) -> Tensor:
-    """Copies gradients into one row and returns its squared norm, in one pass.
+def pack_row_(
+    row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int], *, accumulate: bool = False
+) -> Tensor:
+    """Copies gradients into one row, or adds them to it, and returns its squared norm, in one pass.
 
     Args:
         row: [P], contiguous. All of it is written: what no gradient covers becomes 0.
-        grads: tensors of any shape, dtype and device of ``row``; flattened in row-major order.
+        grads: tensors of any shape, flattened in row-major order; on the device of ``row``, all of its
+            dtype, or all float32 where that is bfloat16 or float16: rounded to nearest even.
         offsets: where each begins in ``row``, in elements; ascending, without overlap.
+        accumulate: the row becomes ``row`` + gradients, and what no gradient covers stays as it is.
+            For a row in half precision the sum is formed in float32, then rounded.
 
     Returns:
-        float64, 0-dim.
+        float64, 0-dim: the squared norm of the row as it is then stored.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; ``row`` is then as it was.
     """
     row = _check.flat("row", row)
     _check.segments("grads", grads, offsets, row)
-    sq_norm = _ops.pack_row_.default(row, [g.contiguous() for g in grads], list(offsets))
+    sq_norm = _ops.pack_row_.default(
+        row, [g.contiguous() for g in grads], list(offsets), accumulate
+    )
     _written(row)
     return sq_norm
 
@@ -286,7 +296,8 @@ def adaptive_sq_norm(saved: Tensor, row: Tensor, eta: float = 0.0) -> Tensor:
     """The squared norm of (|saved| + eta) * row, ASAM's divisor (Kwon et al., arXiv 2102.11600).
 
     Args:
-        saved: [P], the flat parameters.
+        saved: [P], the flat parameters; dtype of ``row``, or float32 where that is bfloat16 or
+            float16.
         row: [P], their flat gradient.
         eta: added to |saved|; 0 is the form without it.
 
@@ -302,7 +313,7 @@ def adaptive_sq_norm(saved: Tensor, row: Tensor, eta: float = 0.0) -> Tensor:
 
 
 def _pair_flat(saved: Tensor, row: Tensor) -> None:
-    _check.like("saved", _check.flat("saved", saved), "row", row)
+    _check.beside("saved", _check.flat("saved", saved), "row", row)
     _check.shape("saved", saved, row.shape[0])
 
 
@@ -323,8 +334,9 @@ def perturb_(
     ``adaptive_sq_norm``'s. Where the norm is 0 or not finite the parameters become ``saved`` exactly.
 
     Args:
-        params: contiguous tensors, written in their own storage.
-        saved: [P], the unperturbed parameters.
+        params: contiguous tensors, dtype of ``saved``, written in their own storage.
+        saved: [P], the unperturbed parameters; dtype of ``row``, or float32 where that is bfloat16 or
+            float16.
         row: [P], the gradient.
         sq_norm: float64, 0-dim, on the device; not read on the host.
         offsets: where each parameter begins in ``saved`` and ``row``.
@@ -337,7 +349,7 @@ def perturb_(
     """
     row = _check.flat("row", row)
     _pair_flat(saved, row)
-    _check_params(params, offsets, row)
+    _check_params(params, offsets, saved)
     if len(rho) != len(params):
         raise ValueError(
             f"rho must have one entry for each of params ({len(params)}), got {len(rho)}"
@@ -359,8 +371,8 @@ def perturb_(
     _written(params)
 
 
-def _check_params(params: Sequence[Tensor], offsets: Sequence[int], row: Tensor) -> None:
-    _check.segments("params", params, offsets, row)
+def _check_params(params: Sequence[Tensor], offsets: Sequence[int], saved: Tensor) -> None:
+    _check.segments("params", params, offsets, saved, "saved", saved)
     for k, param in enumerate(params):
         if not param.is_contiguous():
             raise ValueError(f"params[{k}] must be contiguous, got stride {list(param.stride())}")
@@ -370,7 +382,7 @@ def restore_(params: Sequence[Tensor], saved: Tensor, offsets: Sequence[int]) ->
     """Copies the saved parameters back into their own storage, bit for bit.
 
     Args:
-        params: contiguous tensors.
+        params: contiguous tensors, dtype of ``saved``.
         saved: [P].
         offsets: where each parameter begins in ``saved``.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ROW_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF_TYPES = (torch.bfloat16, torch.float16)
 SMALL_TYPES = (torch.float32, torch.float64)
 
 
@@ -30,6 +31,16 @@ def like(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: boo
     if dtype and value.dtype != other.dtype:
         raise TypeError(
             f"{name} must have the dtype of {other_name} ({other.dtype}), got {value.dtype}"
+        )
+
+
+def beside(name: str, value: Tensor, row_name: str, row: Tensor) -> None:
+    """``value`` on the device of ``row``, and of its dtype, or float32 beside half precision."""
+    like(name, value, row_name, row, dtype=False)
+    if value.dtype != row.dtype and not (value.dtype == torch.float32 and row.dtype in HALF_TYPES):
+        raise TypeError(
+            f"{name} must have the dtype of {row_name} ({row.dtype}), or float32 where that is "
+            f"bfloat16 or float16, got {value.dtype}"
         )
 
 
@@ -89,8 +100,18 @@ def gram(name: str, value: object) -> Tensor:
     return result.detach() if result.requires_grad else result
 
 
-def segments(name: str, tensors: Sequence[Tensor], offsets: Sequence[int], row: Tensor) -> None:
-    """``tensors`` laid end to end at ``offsets`` inside ``row`` [P], without overlap."""
+def segments(
+    name: str,
+    tensors: Sequence[Tensor],
+    offsets: Sequence[int],
+    row: Tensor,
+    other_name: str = "",
+    other: Tensor | None = None,
+) -> None:
+    """``tensors`` laid at ascending ``offsets`` inside ``row`` [P], without overlap.
+
+    All of one dtype: that of ``other``; without it, that of the first, which fits beside ``row``.
+    """
     if len(tensors) != len(offsets):
         raise ValueError(
             f"offsets must have one entry for each of {name} ({len(tensors)}), got {len(offsets)}"
@@ -99,7 +120,10 @@ def segments(name: str, tensors: Sequence[Tensor], offsets: Sequence[int], row: 
     for k, (item, offset) in enumerate(zip(tensors, offsets, strict=True)):
         if not isinstance(item, Tensor):
             raise TypeError(f"{name}[{k}] must be a Tensor, got {type(item).__name__}")
-        like(f"{name}[{k}]", item, "row", row)
+        if other is None:
+            beside(f"{name}[{k}]", item, "row", row)
+            other_name, other = f"{name}[{k}]", item
+        like(f"{name}[{k}]", item, other_name, other)
         if offset < end:
             raise ValueError(
                 f"offsets[{k}] must be at least {end}, where the segment before ends, got {offset}"

@@ -24,7 +24,9 @@ SCHEMAS: dict[str, str] = {
     "combine_flat": "(Tensor jac, Tensor a, Tensor sam, Tensor b, Tensor(a!) out) -> ()",
     "project": "(Tensor jac, Tensor coefficients, Tensor(a!) out) -> ()",
     "affinity": "(Tensor gram, Tensor losses, float lr) -> Tensor",
-    "pack_row_": "(Tensor(a!) row, Tensor[] grads, int[] offsets) -> Tensor",
+    "pack_row_": (
+        "(Tensor(a!) row, Tensor[] grads, int[] offsets, bool accumulate=False) -> Tensor"
+    ),
     "adaptive_sq_norm": "(Tensor saved, Tensor row, float eta) -> Tensor",
     "perturb_": (
         "(Tensor(a!)[] params, Tensor saved, Tensor row, Tensor sq_norm, int[] offsets, float[] rho,"
@@ -106,7 +108,9 @@ def _fake_nothing(*_: object) -> None:
     return None
 
 
-def _fake_pack_row(row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int]) -> Tensor:
+def _fake_pack_row(
+    row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int], accumulate: bool = False
+) -> Tensor:
     return _double(row)
 
 

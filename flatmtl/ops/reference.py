@@ -1,8 +1,9 @@
 """Every operator in plain torch: the body on devices without a kernel, and what the others must equal.
 
 Same signatures as the schemas (``_schema.py``). Nothing here reads a tensor's value on the host.
-Written to be read; the Gram products go through float64, a block of columns at a time. The solvers, on
-the small Gram matrices, are in ``reference_solvers``.
+Written to be read; the Gram products go through float64, a block of columns at a time. Rows in bfloat16
+or float16 may stand beside float32 gradients, parameters and updates. The solvers, on the small Gram
+matrices, are in ``reference_solvers``.
 """
 
 from __future__ import annotations
@@ -95,11 +96,20 @@ def affinity(gram: Tensor, losses: Tensor, lr: float) -> Tensor:
     return torch.where(sound.unsqueeze(1), scaled, torch.full_like(scaled, torch.nan))
 
 
-def pack_row_(row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int]) -> Tensor:
-    """row [P] <- the gradients at their offsets, zero elsewhere. Returns the squared norm, float64."""
-    row.zero_()
+def pack_row_(
+    row: Tensor, grads: Sequence[Tensor], offsets: Sequence[int], accumulate: bool = False
+) -> Tensor:
+    """row [P] <- the gradients at their offsets, zero elsewhere; accumulate: row + the gradients.
+
+    Returns the squared norm of what is then stored, float64.
+    """
+    if not accumulate:
+        row.zero_()
+    dtype = _accumulate(row.dtype)
     for grad, offset in zip(grads, offsets, strict=True):
-        row[offset : offset + grad.numel()] = grad.reshape(-1)
+        segment = row[offset : offset + grad.numel()]
+        flat = grad.reshape(-1)
+        segment.copy_(segment.to(dtype) + flat.to(dtype) if accumulate else flat)
     total = row.new_zeros((), dtype=torch.float64)
     for block in _columns(row.shape[0]):
         total += row[block].double().square().sum()

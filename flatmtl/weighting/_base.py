@@ -163,6 +163,10 @@ class Weighting:
     def reset(self) -> None:
         """Back to the state before the first call."""
 
+    def _tensors(self, gram: Tensor) -> list[Tensor]:
+        """What the state consists of, as kept (not copies); begun for ``gram`` if it has not been yet."""
+        return []
+
     def twin(self: W) -> W:
         """A copy with a state and a random stream of its own, for a second family of gradients."""
         other = copy.deepcopy(self)
@@ -242,6 +246,9 @@ class Stateful(Weighting):
         """Back to the state before the first call."""
         super().reset()
         self._held = None
+
+    def _tensors(self, gram: Tensor) -> list[Tensor]:
+        return [*super()._tensors(gram), self._state_for(gram)]
 
     def state_dict(self) -> dict[str, Any]:
         """The kept tensor; None before the first call."""

@@ -49,6 +49,9 @@ class Seeded(Weighting):
         super().reset()
         self._rng = None
 
+    def _tensors(self, gram: Tensor) -> list[Tensor]:
+        return [*super()._tensors(gram), self._rng_on(gram.device)]
+
     def twin(self: S) -> S:
         """A copy with another random stream, and a state of its own."""
         other = super().twin()

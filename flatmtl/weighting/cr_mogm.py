@@ -80,6 +80,9 @@ class CRMOGM(Stateful):
         super().reset()
         self.weighting.reset()
 
+    def _tensors(self, gram: Tensor) -> list[Tensor]:
+        return [*super()._tensors(gram), *self.weighting._tensors(gram)]
+
     def twin(self) -> CRMOGM:
         """A copy with a state of its own, around a twin of the other method."""
         other = super().twin()

@@ -1,0 +1,74 @@
+"""Loss scaling: what torch.amp.GradScaler and the optimizer tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def scale_of(scaler: torch.amp.GradScaler | None, params: Sequence[Tensor]) -> Tensor | None:
+    """The scaler's factor, float32 0-dim on the parameters' device; None where nothing is scaled.
+
+    Raises:
+        TypeError: ``scaler`` is none.
+    """
+    if scaler is None:
+        return None
+    if not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    if not scaler.is_enabled():
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=params[0].device))
+    return scale
+
+
+def step(base: Optimizer, told: Optimizer, ok: Tensor | None) -> bool:
+    """The base optimizer's step, unless gradients are not finite.
+
+    Args:
+        base: makes the update.
+        told: the optimizer on which ``GradScaler.step`` leaves ``found_inf`` and ``grad_scale`` (None if the
+            gradients are unscaled already).
+        ok: bool 0-dim, whether a step may be made; None: it is made.
+
+    Returns:
+        Whether it was made, as far as the host knows: a fused optimizer decides on the device.
+
+    Raises:
+        RuntimeError: ``backward`` did not know of the scaler.
+    """
+    found_inf = getattr(told, "found_inf", None)
+    scale = getattr(told, "grad_scale", None)
+    if ok is None:
+        if found_inf is not None:
+            raise RuntimeError(
+                "scaler must be given to backward(losses, scaler=scaler) for GradScaler.step: the weights "
+                "of scaled gradients are not always those of the gradients"
+            )
+        base.step()
+        return True
+    if found_inf is None:
+        found_inf = (~ok).to(torch.float32)
+    if getattr(base, "_step_supports_amp_scaling", False):
+        fused: dict[str, object] = {"found_inf": found_inf, "grad_scale": scale}
+        for name, value in fused.items():
+            setattr(base, name, value)
+        try:
+            base.step()
+        finally:
+            for name in fused:
+                delattr(base, name)
+        return True
+    if bool(found_inf):  # the read that GradScaler makes for optimizers that cannot decide
+        return False
+    if scale is not None:
+        grads = [
+            p.grad for group in base.param_groups for p in group["params"] if p.grad is not None
+        ]
+        for grad in grads:
+            grad.mul_(scale.to(grad.device).reciprocal())
+    base.step()
+    return True

@@ -1,0 +1,64 @@
+"""Which parameters an autograd graph reaches, found by walking it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from flatmtl.losses import Output
+
+
+def _origin(output: Output) -> tuple[Node | None, Tensor | None]:
+    """The node that made ``output``; or ``output`` itself where it is a leaf."""
+    if isinstance(output, GradientEdge):
+        return output.node, None
+    return output.grad_fn, output if output.grad_fn is None else None
+
+
+def reached(
+    outputs: Sequence[Output], params: Sequence[Tensor], stop: Collection[Node] = ()
+) -> list[set[int]]:
+    """Positions of the parameters that each output depends on.
+
+    Args:
+        outputs: graph outputs.
+        params: leaves.
+        stop: nodes that are not entered.
+
+    Returns:
+        A set for each output.
+    """
+    bit = {id(p): 1 << k for k, p in enumerate(params)}
+    masks: dict[Node, int] = dict.fromkeys(stop, 0)  # holds the nodes, so that they stay themselves
+
+    def walk(start: Node) -> int:
+        # Depth first; a node is finished once all that it leads to are.
+        waiting = [start]
+        while waiting:
+            node = waiting[-1]
+            if node in masks:
+                waiting.pop()
+                continue
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                masks[node] = bit.get(id(leaf), 0)
+                continue
+            onward = [n for n, _ in node.next_functions if n is not None]
+            missing = [n for n in onward if n not in masks]
+            if missing:
+                waiting.extend(missing)
+                continue
+            mask = 0
+            for n in onward:
+                mask |= masks[n]
+            masks[node] = mask
+        return masks[start]
+
+    found = []
+    for output in outputs:
+        node, leaf = _origin(output)
+        mask = walk(node) if node is not None else bit.get(id(leaf), 0)
+        found.append({k for k in range(len(params)) if mask >> k & 1})
+    return found

@@ -1,0 +1,61 @@
+"""Acts on device flags without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flatmtl.losses import TaskName
+
+Act = Callable[[list[bool]], None]
+
+
+class Watch:
+    """Hands flags to the host: at once on the CPU, at a later call on CUDA."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[torch.cuda.Event, Tensor, Act]] = []
+
+    def post(self, flags: Tensor, act: Act) -> None:
+        """Has ``act`` called with ``flags`` (bool [n]) as soon as they are known here.
+
+        What it raises comes from this call on the CPU and from a later ``poll`` on CUDA.
+        """
+        if flags.device.type != "cuda":
+            act(flags.tolist())
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return  # a captured step has no host to act on
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._waiting.append((arrived, host, act))
+
+    def poll(self) -> None:
+        """Acts on the flags that have arrived."""
+        if not self._waiting or torch.cuda.is_current_stream_capturing():
+            return
+        while self._waiting and self._waiting[0][0].query():
+            _, host, act = self._waiting.pop(0)
+            act(host.tolist())
+
+
+def raise_nonfinite(tasks: Sequence[TaskName]) -> Act:
+    """An act on "task i's gradients are finite".
+
+    Raises:
+        FloatingPointError: (the act) a flag is false.
+    """
+
+    def act(finite: list[bool]) -> None:
+        bad = [name for name, ok in zip(tasks, finite, strict=True) if not ok]
+        if bad:
+            raise FloatingPointError(
+                f"losses must have finite gradients: those of task(s) {bad} hold NaN or infinity; "
+                "nonfinite='mask' leaves such tasks out of a step instead, 'skip' the whole step"
+            )
+
+    return act
