@@ -10,8 +10,8 @@
 //   adaptive_sq_norm  sum_k ((|saved_k| + eta) row_k)^2                      read 2 P
 //
 // The row is of the type of the gradients (params, saved), or in half precision beside float32; P
-// elements of each at their own size. Arithmetic is in the wider type, with one rounding to nearest
-// even at the store; norms are of what is stored.
+// elements of each at their own size. Arithmetic is in the arithmetic type, with one rounding to
+// nearest even at the store; the norm is of what is stored.
 //
 // Pointers travel in the kernel's arguments (4 KB, captured by value: safe in CUDA graphs),
 // kEntries segments a launch; a block takes one chunk of one segment. Determinism: chunks are cut
