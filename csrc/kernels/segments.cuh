@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         const Pack<G, kPack> x = load_guarded<G, kPack>(grad, here, numel);
         if constexpr (kAccumulate) y[u] = load_guarded<T, kPack>(target, here, end);
 #pragma unroll
-        for (int v = 0; v < kPack; ++v)  // -0 + 0 would lose its sign where no gradient comes
-          if (!kAccumulate || here + v < covered) put<kAccumulate>(y[u].lane[v], x.lane[v]);
+        for (int v = 0; v < kPack; ++v) put<kAccumulate>(y[u].lane[v], x.lane[v]);
+        // what stands where no gradient comes is not written: -0 + 0 would lose its sign
         store_guarded(target, here, kAccumulate ? covered : end, y[u]);
       }
     }
