@@ -50,8 +50,33 @@ def look(tasks: int, columns: int, dtype: torch.dtype, device: str, offset: int)
     ops.perturb_(pieces, saved, row, results[-2], offsets, [0.05, 0.1])
     ops.perturb_(pieces, saved, row, results[-1], offsets, [0.05, 0.1], adaptive=True, eta=0.01)
     ops.restore_(pieces, saved, offsets)
+    results.append(ops.pack_row_(row, pieces, offsets, accumulate=True))
     for result in [*results, row, *pieces]:
         assert result.isfinite().all(), (tasks, columns, dtype)
+    if dtype in (torch.bfloat16, torch.float16):
+        look_beside_float32(jac, sam, weights, offset)
+
+
+def look_beside_float32(
+    jac: torch.Tensor, sam: torch.Tensor, weights: torch.Tensor, offset: int
+) -> None:
+    """Rows in half precision with float32 gradients, parameters and updates."""
+    columns = jac.shape[1]
+
+    def flat() -> torch.Tensor:
+        return torch.randn(columns + offset, device=jac.device)[offset:]
+
+    out, saved, cut = flat(), flat(), columns // 3
+    ops.combine(jac, weights, out)
+    ops.combine_flat(jac, weights, sam, weights.flip(0), out)
+    pieces, offsets = [flat()[:cut], flat()[: columns - cut - columns % 2]], [0, cut + columns % 2]
+    row = torch.empty_like(jac[0])
+    results = [ops.pack_row_(row, pieces, offsets, accumulate=later) for later in (False, True)]
+    results.append(ops.adaptive_sq_norm(saved, row, 0.01))
+    ops.perturb_(pieces, saved, row, results[1], offsets, [0.05, 0.1])
+    ops.perturb_(pieces, saved, row, results[2], offsets, [0.05, 0.1], adaptive=True, eta=0.01)
+    for result in [*results, out, row, *pieces]:
+        assert result.isfinite().all(), (jac.shape, jac.dtype, "beside float32")
 
 
 def main() -> None:

@@ -17,7 +17,20 @@ SIZES = [0, 1, 7, 63, 1023, 4097]
 LARGE = [(1, 1_000_003), (3, 1_000_000), (9, 100_003), (40, 50_021), (200, 20_011)]
 LARGE_REFERENCE = [(3, 300_001), (40, 20_011)]  # plain torch is slower, and simpler
 
+# The type of rows, and of what lies beside them: gradients, parameters, an update.
+MIXED = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+PAIRS = [(d, d) for d in DTYPES] + MIXED
+
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def pair_name(pair: tuple[torch.dtype, torch.dtype]) -> str:
+    names = [str(d).removeprefix("torch.") for d in pair]
+    return names[0] if names[0] == names[1] else "+".join(names)
+
+
+pairs = pytest.mark.parametrize("dtype, beside", PAIRS, ids=map(pair_name, PAIRS))
+mixed = pytest.mark.parametrize("dtype, beside", MIXED, ids=map(pair_name, MIXED))
 task_counts = pytest.mark.parametrize("tasks", TASKS)
 
 

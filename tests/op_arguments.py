@@ -5,36 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flatmtl import ops
+
 TASKS, SIZE = 3, 37
 
 
+# What takes rows in half precision beside float32 gradients, parameters and updates.
+MIXED = ("combine", "combine_flat", "pack_row_", "adaptive_sq_norm", "perturb_")
+
+
 def arguments(
-    dtype: torch.dtype = torch.float32, device: str = "cpu", batch: int = 1
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    batch: int = 1,
+    beside: torch.dtype | None = None,
+    accumulate: bool = False,
 ) -> dict[str, tuple]:
-    def rows(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+    """dtype: of the rows; beside: of gradients, parameters and updates, the rows' own without."""
+
+    def rows(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(kind).to(device)
+
+    def update(*shape: int) -> Tensor:
+        return rows(*shape, kind=beside or dtype)
 
     def small(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, device=device)
 
-    jac, sam, saved, row = rows(TASKS, SIZE), rows(TASKS, SIZE), rows(SIZE), rows(SIZE)
+    jac, sam, saved, row = rows(TASKS, SIZE), rows(TASKS, SIZE), update(SIZE), rows(SIZE)
     half = small(batch, TASKS, TASKS + 2)
     gram = half @ half.mT
     cross = half @ small(batch, TASKS + 2, TASKS)
     simplex = torch.full((batch, TASKS), 1 / TASKS, dtype=torch.float64, device=device)
     order = torch.stack([torch.randperm(TASKS) for _ in range(batch * TASKS)])
     order = order.view(batch, TASKS, TASKS).to(device)
-    params, offsets = [rows(4, 3), rows(20)], [1, 16]
+    params, offsets = [update(4, 3), update(20)], [1, 16]
     one = torch.tensor(2.0, dtype=torch.float64, device=device)
     return {
         "row_norms": (jac,),
         "gram": (jac,),
         "gram_difference": (sam, jac),
-        "combine": (jac, small(TASKS), rows(SIZE)),
-        "combine_flat": (jac, small(TASKS), sam, small(TASKS), rows(SIZE)),
+        "combine": (jac, small(TASKS), update(SIZE)),
+        "combine_flat": (jac, small(TASKS), sam, small(TASKS), update(SIZE)),
         "project": (jac, small(2, TASKS), rows(2, SIZE)),
         "affinity": (gram[0], small(TASKS).abs(), 0.1),
-        "pack_row_": (row, [p.clone() for p in params], offsets),
+        "pack_row_": (row, [p.clone() for p in params], offsets, accumulate),
         "adaptive_sq_norm": (saved, row, 0.01),
         "perturb_": (params, saved, row, one, offsets, [0.1, 0.2], True, 0.01),
         "restore_": (params, saved, offsets),
@@ -65,6 +80,16 @@ def arguments(
         "solve_sdmgrad_": (cross, simplex, None, 0.5, 0.5, 4, 0.3),
         "solve_modo_": (cross, simplex.clone(), 0.1, 0.1),
     }
+
+
+def call_public(name: str, args: tuple):
+    """The documented function, where accumulate, adaptive and eta are by keyword."""
+    function = getattr(ops, name)
+    if name == "perturb_":
+        return function(*args[:6], adaptive=args[6], eta=args[7])
+    if name == "pack_row_":
+        return function(*args[:3], accumulate=args[3])
+    return function(*args)
 
 
 def copied(args: tuple) -> tuple:

@@ -65,11 +65,45 @@ def affinity(gram_: Array, losses: Array, lr: float) -> Array:
     return z
 
 
-def pack(row: Array, grads: Sequence[Array], offsets: Sequence[int]) -> Array:
-    """The gradients, flattened, at their offsets; zero everywhere else."""
-    out = np.zeros_like(row)
+# dtype: bits of the mantissa with the leading one, exponent of the smallest step, largest value
+FORMATS = {
+    "float64": (53, -1074, np.finfo(np.float64).max),
+    "float32": (24, -149, (2 - 2.0**-23) * 2.0**127),
+    "bfloat16": (8, -133, (2 - 2.0**-7) * 2.0**127),
+    "float16": (11, -24, (2 - 2.0**-10) * 2.0**15),
+}
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """float64 x to the nearest value of a format, ties to even, beyond the largest to infinity."""
+    bits, lowest, largest = FORMATS[dtype]
+    finite = np.where(np.isfinite(x), x, 0.0)
+    _, exponent = np.frexp(finite)  # 2^(exponent - 1) <= |x| < 2^exponent
+    step = np.ldexp(1.0, np.maximum(exponent - bits, lowest))
+    near = np.rint(finite / step) * step if dtype != "float64" else finite
+    near = np.where(np.abs(near) > largest, np.copysign(np.inf, near), near)
+    return np.where(np.isfinite(x), np.copysign(near, x), x)
+
+
+def pack(
+    row: Array,
+    grads: Sequence[Array],
+    offsets: Sequence[int],
+    dtype: str = "float64",
+    accumulate: bool = False,
+) -> Array:
+    """The gradients, flattened, at their offsets, zero everywhere else, in the row's dtype.
+
+    accumulate: row + the gradients, a float32 sum (float64 for such rows) rounded to the row's dtype;
+    the row itself everywhere else.
+    """
+    out = row.copy() if accumulate else np.zeros_like(row)
     for grad, offset in zip(grads, offsets):
-        out[offset : offset + grad.size] = grad.reshape(-1)
+        part = slice(offset, offset + grad.size)
+        new = grad.reshape(-1)
+        if accumulate:
+            new = rounded(row[part] + new, "float64" if dtype == "float64" else "float32")
+        out[part] = rounded(new, dtype)
     return out
 
 

@@ -27,6 +27,11 @@ from solver_cases import CASES, NAMES, Run
 ROOT = Path(__file__).resolve().parent
 CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 DTYPES = list(CODES)
+# The type of rows, and of what lies beside them: gradients, parameters, a sum.
+PAIRS = [(d, d) for d in DTYPES] + [("float16", "float32"), ("bfloat16", "float32")]
+pairs = pytest.mark.parametrize(
+    "dtype, beside", PAIRS, ids=[a if a == b else f"{a}+{b}" for a, b in PAIRS]
+)
 TASKS = [1, 2, 3, 5, 8, 9, 16, 17, 33, 40, 65]
 ROW_EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 ASAN = getattr(ctypes.CDLL(None), "__asan_poison_memory_region", None)
@@ -325,7 +330,7 @@ def test_row_norms(emu, rng, dtype, columns):
 
 
 def weighted(a, rows, dtype):
-    """(reference, plain numpy in the arithmetic type and rounded to the row type, cancellation)
+    """(reference, plain numpy in the arithmetic type and rounded to dtype, the sum's, cancellation)
 
     A sum of n terms rounds n times: a random walk of sqrt(n) steps, none above an ulp of the sum
     of magnitudes.
@@ -338,9 +343,9 @@ def weighted(a, rows, dtype):
     return ref, plain, walk / size if size else 0.0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairs
 @pytest.mark.parametrize("tasks", [1, 2, 5, 8, 9, 33, 65, 600])
-def test_combine(built, rng, dtype, tasks):
+def test_combine(built, rng, dtype, beside, tasks):
     for n, columns in enumerate((0, 1, 7, 1023) if tasks > 100 else (0, 7, 1023, 8209)):
         built.emulated_order(n % 3, n)
         layout = list(LAYOUTS)[(n + tasks) % 4]
@@ -349,11 +354,12 @@ def test_combine(built, rng, dtype, tasks):
         if tasks > 2:  # a row that must not be read
             a[1] = 0
             jac.view[1] = to_row(np.full(columns, np.nan), dtype)
-        out = buffer(to_row(np.full(columns, np.nan), dtype), shift=n % 2)
+        out = buffer(to_row(np.full(columns, np.nan), beside), shift=n % 2)
         w = doubles(a)
         run(
             built.emulated_combine(
                 CODES[dtype],
+                CODES[beside],
                 jac.address,
                 ctypes.c_int64(jac.stride),
                 w.address,
@@ -367,14 +373,14 @@ def test_combine(built, rng, dtype, tasks):
         )
         out.check()
         used = a != 0
-        ref, plain, cancels = weighted(a[used], j[used], dtype)
-        assert_close(from_row(out.view[0], dtype), ref, plain, dtype, row=True, cancels=cancels)
+        ref, plain, cancels = weighted(a[used], j[used], beside)
+        assert_close(from_row(out.view[0], beside), ref, plain, beside, row=True, cancels=cancels)
     assert built.emulated_error() == b""
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairs
 @pytest.mark.parametrize("columns", [0, 1, 7, 1023, 4099])
-def test_combine_flat(emu, rng, dtype, columns):
+def test_combine_flat(emu, rng, dtype, beside, columns):
     for tasks, layout in ((1, "aligned"), (5, "both"), (8, "aligned"), (17, "odd stride")):
         jac, j = matrix(rng, tasks, columns, dtype, layout)
         sam, s = matrix(rng, tasks, columns, dtype, "aligned")
@@ -382,11 +388,12 @@ def test_combine_flat(emu, rng, dtype, columns):
         if tasks > 4:
             a[1] = b[1] = b[3] = a[4] = 0
             jac.view[1] = sam.view[1] = sam.view[3] = to_row(np.full(columns, np.nan), dtype)
-        out = buffer(to_row(np.full(columns, np.nan), dtype))
+        out = buffer(to_row(np.full(columns, np.nan), beside))
         wa, wb = doubles(a), doubles(b)
         run(
             emu.emulated_combine(
                 CODES[dtype],
+                CODES[beside],
                 jac.address,
                 ctypes.c_int64(jac.stride),
                 wa.address,
@@ -403,9 +410,21 @@ def test_combine_flat(emu, rng, dtype, columns):
         difference = (s.astype(acc) - j.astype(acc)).astype(np.float64)
         used, flat = a != 0, b != 0
         ref, plain, cancels = weighted(
-            np.r_[a[used], b[flat]], np.r_[j[used], difference[flat]], dtype
+            np.r_[a[used], b[flat]], np.r_[j[used], difference[flat]], beside
         )
-        assert_close(from_row(out.view[0], dtype), ref, plain, dtype, row=True, cancels=cancels)
+        assert_close(from_row(out.view[0], beside), ref, plain, beside, row=True, cancels=cancels)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_combine_is_not_rounded_to_the_rows_type(emu, rng, dtype):
+    jac, j = matrix(rng, 2, 2077, dtype)
+    one, out = doubles([1.0, 1.0]), buffer(np.full(2077, np.nan, np.float32))
+    where = (jac.address, ctypes.c_int64(jac.stride))
+    rest = (one.address, None, ctypes.c_int64(0), None, 2, ctypes.c_int64(2077), out.address)
+    run(emu.emulated_combine(CODES[dtype], CODES["float32"], *where, *rest))
+    out.check()
+    exact = j[0].astype(np.float32) + j[1].astype(np.float32)
+    assert np.array_equal(out.view[0], exact)
 
 
 def test_combine_into_a_row_of_j(emu, rng):
@@ -416,6 +435,7 @@ def test_combine_into_a_row_of_j(emu, rng):
     before = j.copy()
     run(
         emu.emulated_combine(
+            0,
             0,
             jac.address,
             ctypes.c_int64(jac.stride),
@@ -533,49 +553,96 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("shift, gap", [(0, 0), (0, 40), (1, 9)])
-def test_pack_row(built, rng, dtype, sizes, shift, gap):
-    built.emulated_order(2, 3)
-    grads, offsets, columns = segments(rng, SIZES[sizes], dtype, shift, gap)
-    row = buffer(to_row(np.full(columns, np.nan), dtype), shift)
+def pack(library, dtype, beside, grads, offsets, row, accumulate=False):
+    """The squared norm."""
     out = doubles([np.nan])
     _, pointers, starts, numels, count = table(grads, offsets)
-    run(
-        built.emulated_pack_row(
-            CODES[dtype],
-            pointers,
-            starts,
-            numels,
-            count,
-            row.address,
-            ctypes.c_int64(columns),
-            out.address,
-        )
-    )
+    where = (row.address, ctypes.c_int64(row.view.size), out.address)
+    codes = (CODES[dtype], CODES[beside])
+    run(library.emulated_pack_row(*codes, pointers, starts, numels, count, int(accumulate), *where))
     row.check()
+    return out.view[0]
+
+
+def check_norm(square, row, dtype):
+    values = from_row(row.view[0], dtype)
+    plain = (values.astype(acc_type(dtype)) ** 2).sum()
+    assert_close(square, [(higher(values) ** 2).sum()], [plain], dtype)
+
+
+@pairs
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("shift, gap", [(0, 0), (0, 40), (1, 9)])
+def test_pack_row(built, rng, dtype, beside, sizes, shift, gap):
+    built.emulated_order(2, 3)
+    grads, offsets, columns = segments(rng, SIZES[sizes], beside, shift, gap)
+    row = buffer(to_row(np.full(columns, np.nan), dtype), shift)
+    square = pack(built, dtype, beside, grads, offsets, row)
     expected = to_row(np.zeros(columns), dtype)
     for grad, at in zip(grads, offsets, strict=True):
-        expected[at : at + grad.view.size] = grad.view[0]
+        values = grad.view[0] if dtype == beside else to_row(grad.view[0], dtype)
+        expected[at : at + grad.view.size] = values
     assert np.array_equal(row.view[0], expected)
-    values = from_row(expected, dtype)
-    plain = (values.astype(acc_type(dtype)) ** 2).sum()
-    assert_close(out.view[0], [(higher(values) ** 2).sum()], [plain], dtype)
+    check_norm(square, row, dtype)
     assert built.emulated_error() == b""
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairs
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("shift, gap", [(0, 0), (0, 40), (1, 9)])
+def test_pack_row_accumulates(built, rng, dtype, beside, sizes, shift, gap):
+    """Twice, onto a row with -0 where no gradient comes: there every bit stays."""
+    built.emulated_order(2, 3)
+    acc = acc_type(dtype)
+    _, offsets, columns = segments(rng, SIZES[sizes], beside, shift, gap)
+    row = buffer(to_row(rng.standard_normal(columns), dtype), shift)
+    row.view[0, ::3] = to_row(np.float32(-0.0), dtype)
+    expected = row.view[0].copy()
+    for scale in (1.0, 1e-2):
+        grads = [
+            buffer(to_row(scale * rng.standard_normal(n), beside), shift) for n in SIZES[sizes]
+        ]
+        square = pack(built, dtype, beside, grads, offsets, row, True)
+        for grad, at in zip(grads, offsets, strict=True):
+            part = slice(at, at + grad.view.size)
+            before = from_row(expected[part], dtype).astype(acc)
+            expected[part] = to_row(before + from_row(grad.view[0], beside).astype(acc), dtype)
+        assert row.view[0].tobytes() == expected.tobytes()
+        check_norm(square, row, dtype)
+    assert built.emulated_error() == b""
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_pack_row_rounds_to_nearest_even(emu, rng, dtype):
+    """The middle between two neighbours of the row's type, and the float32 on either side."""
+    top = 0x7C00 if dtype == "float16" else 0x7F80
+    low = rng.integers(0, top - 1, 5003).astype(np.uint16)
+    kind = np.float16 if dtype == "float16" else np.uint16
+    low, high = (from_row(x.view(kind), dtype) for x in (low, low + np.uint16(1)))
+    middle = ((low + high) / 2).astype(np.float32)
+    up, down = (np.nextafter(middle, np.float32(s * np.inf)) for s in (1, -1))
+    special = np.array([0.0, np.inf, 65519.99, 65520.0, 1e30, 2.0**-25, 2.0**-133], np.float32)
+    every = np.concatenate([middle, up, down, special])
+    grad = buffer(np.concatenate([every, -every]))
+    row = buffer(to_row(np.full(grad.view.size, np.nan), dtype))
+    for accumulate in (False, True):
+        if accumulate:
+            row.view[...] = to_row(np.float32(-0.0), dtype)
+        pack(emu, dtype, "float32", [grad], [0], row, accumulate)
+        assert np.array_equal(row.view[0], to_row(grad.view[0], dtype))
+
+
+@pairs
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize(
     "sizes, shift, gap", [("mixed", 0, 0), ("mixed", 1, 9), ("many", 0, 3), ("none", 0, 0)]
 )
-def test_perturb_and_restore(built, rng, dtype, adaptive, sizes, shift, gap):
+def test_perturb_and_restore(built, rng, dtype, beside, adaptive, sizes, shift, gap):
     built.emulated_order(2, 5)
-    params, offsets, columns = segments(rng, SIZES[sizes], dtype, shift, gap)
+    params, offsets, columns = segments(rng, SIZES[sizes], beside, shift, gap)
     acc = acc_type(dtype)
-    saved = buffer(to_row(rng.standard_normal(columns), dtype))
-    saved.view[0, ::7] = to_row(np.float32(-0.0), dtype)
+    saved = buffer(to_row(rng.standard_normal(columns), beside))
+    saved.view[0, ::7] = to_row(np.float32(-0.0), beside)
     row = buffer(to_row(rng.standard_normal(columns), dtype), shift)
     rho = rng.uniform(0.01, 0.5, len(params))
     kept, pointers, starts, numels, count = table(params, offsets)
@@ -587,6 +654,7 @@ def test_perturb_and_restore(built, rng, dtype, adaptive, sizes, shift, gap):
         run(
             built.emulated_perturb(
                 CODES[dtype],
+                CODES[beside],
                 pointers,
                 starts,
                 numels,
@@ -612,16 +680,16 @@ def test_perturb_and_restore(built, rng, dtype, adaptive, sizes, shift, gap):
     perturb(row.address, square)
     for k in kept:
         part = slice(offsets[k], offsets[k] + params[k].view.size)
-        theta, g = from_row(saved.view[0, part], dtype), from_row(row.view[0, part], dtype)
+        theta, g = from_row(saved.view[0, part], beside), from_row(row.view[0, part], dtype)
         scale = acc(rho[k] / np.sqrt(square))
         factor = (np.abs(theta) + eta) ** 2 if adaptive else 1.0
         ref = higher(theta) + np.longdouble(scale) * factor * higher(g)
         moved = theta.astype(acc) + scale * np.asarray(factor, acc) * g.astype(acc)
         assert_close(
-            from_row(params[k].view[0], dtype),
+            from_row(params[k].view[0], beside),
             ref,
-            from_row(to_row(moved, dtype), dtype),
-            dtype,
+            from_row(to_row(moved, beside), beside),
+            beside,
             row=True,
         )
 
@@ -638,15 +706,17 @@ def test_perturb_and_restore(built, rng, dtype, adaptive, sizes, shift, gap):
     assert built.emulated_error() == b""
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pairs
 @pytest.mark.parametrize("columns", [0, 1, 7, 1023, 16411])
-def test_adaptive_sq_norm(emu, rng, dtype, columns):
-    for shift in (0, 1):
-        saved, row = (buffer(to_row(rng.standard_normal(columns), dtype), s) for s in (shift, 0))
+def test_adaptive_sq_norm(emu, rng, dtype, beside, columns):
+    for shift, row_shift in ((0, 0), (1, 0), (4, 2), (0, 4)):
+        saved = buffer(to_row(rng.standard_normal(columns), beside), shift)
+        row = buffer(to_row(rng.standard_normal(columns), dtype), row_shift)
         out, eta = doubles([np.nan]), 0.01
         run(
             emu.emulated_adaptive_sq_norm(
                 CODES[dtype],
+                CODES[beside],
                 saved.address,
                 row.address,
                 ctypes.c_int64(columns),
@@ -655,7 +725,7 @@ def test_adaptive_sq_norm(emu, rng, dtype, columns):
             )
         )
         acc = acc_type(dtype)
-        theta, g = from_row(saved.view[0], dtype), from_row(row.view[0], dtype)
+        theta, g = from_row(saved.view[0], beside), from_row(row.view[0], dtype)
         ref = ((np.abs(higher(theta)) + eta) * higher(g)) ** 2
         plain = ((np.abs(theta.astype(acc)) + acc(eta)) * g.astype(acc)) ** 2
         assert_close(out.view[0], [ref.sum()], [plain.sum()], dtype)

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_arguments import arguments, copied, tensors
+from cases import PAIRS, pair_name
+from op_arguments import MIXED, arguments, call_public, copied, tensors
 
 import flatmtl.ops
 from flatmtl.ops import _library, reference
 
 OPS = list(arguments())
-ROW_TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 each_op = pytest.mark.parametrize("name", OPS)
+# (name, beside, accumulate): beside the rows their own type, or float32 if wide
+VARIANTS = [(name, False, False) for name in OPS]
+VARIANTS += [(name, True, False) for name in MIXED]
+VARIANTS += [("pack_row_", wide, True) for wide in (False, True)]
+each_variant = pytest.mark.parametrize(
+    "name, wide, accumulate",
+    VARIANTS,
+    ids=["-".join([n, *["wide"] * w, *["accumulate"] * a]) for n, w, a in VARIANTS],
+)
+
+
+def made(name: str, dtype: torch.dtype, device: str, wide: bool, accumulate: bool) -> tuple:
+    """wide: rows in bfloat16 if dtype is float32, beside float32."""
+    if wide:
+        dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+        return arguments(dtype, device, beside=torch.float32, accumulate=accumulate)[name]
+    return arguments(dtype, device, accumulate=accumulate)[name]
 
 
 def overload(name: str):
     return getattr(torch.ops.flatmtl, name).default
-
-
-def call_public(name: str, args: tuple):
-    """The documented function: adaptive and eta are by keyword there."""
-    function = getattr(flatmtl.ops, name)
-    if name == "perturb_":
-        return function(*args[:6], adaptive=args[6], eta=args[7])
-    return function(*args)
 
 
 def test_the_list_of_ops_is_complete():
@@ -49,14 +58,21 @@ def test_documented(name):
     assert text and "Args:" in text
 
 
-@pytest.mark.parametrize("dtype", ROW_TYPES)
-@each_op
-def test_bodies_agree(name, dtype):
-    args = arguments(dtype)[name]
+AGREE = [
+    pytest.param(*v[:1], *pair, v[2], id=f"{v[0]}-{pair_name(pair)}{'-accumulate' * v[2]}")
+    for v in VARIANTS
+    for pair in PAIRS
+    if v[1] == (pair[0] != pair[1])
+]
+
+
+@pytest.mark.parametrize("name, dtype, beside, accumulate", AGREE)
+def test_bodies_agree(name, dtype, beside, accumulate):
+    args = arguments(dtype, beside=beside, accumulate=accumulate)[name]
     a, b, c = copied(args), copied(args), copied(args)
     results = [overload(name)(*a), getattr(reference, name)(*b), call_public(name, c)]
     loose = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-    tolerance = loose.get(dtype, 1e-12)
+    tolerance = loose.get(beside, 1e-12)
     for x, y in zip(tensors([results[0], *a]), tensors([results[1], *b]), strict=True):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
     for x, y in zip(tensors(list(a)), tensors(list(c)), strict=True):
@@ -67,14 +83,14 @@ def test_bodies_agree(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each_op
-def test_only_the_declared_arguments_are_written(name, dtype):
+@each_variant
+def test_only_the_declared_arguments_are_written(name, dtype, wide, accumulate):
     written = {"combine": [2], "combine_flat": [4], "project": [2], "pack_row_": [0],
                "perturb_": [0], "restore_": [0], "draw_order_": [0], "solve_random_": [1],
                "solve_pcgrad_drawn_": [1], "solve_gradvac_drawn_": [1, 2], "solve_gradvac": [2],
                "solve_nash_": [1], "solve_pcd_": [1], "solve_sdmgrad_": [1],
                "solve_modo_": [1]}  # fmt: skip
-    args = arguments(dtype)[name]
+    args = made(name, dtype, "cpu", wide, accumulate)
     after = copied(args)
     overload(name)(*after)
     for k, (x, y) in enumerate(zip(args, after)):
@@ -82,16 +98,16 @@ def test_only_the_declared_arguments_are_written(name, dtype):
         assert same is (k not in written.get(name, [])), f"argument {k}"
 
 
-@each_op
-def test_opcheck(name, device):
+@each_variant
+def test_opcheck(name, device, wide, accumulate):
     """Schema, fake kernel, dispatch under autograd: torch's own check of a custom op."""
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(overload(name), arguments(dtype, device)[name])
+    for dtype in (torch.bfloat16, torch.float16) if wide else (torch.float32, torch.bfloat16):
+        torch.library.opcheck(overload(name), made(name, dtype, device, wide, accumulate))
 
 
-@each_op
-def test_compiles_in_one_graph(name, device):
-    args = arguments(torch.float32, device)[name]
+@each_variant
+def test_compiles_in_one_graph(name, device, wide, accumulate):
+    args = made(name, torch.float32, device, wide, accumulate)
     eager, traced = copied(args), copied(args)
 
     def run(*given):
@@ -138,10 +154,10 @@ def test_compiles_with_inductor():
 
 
 @pytest.mark.gpu
-@each_op
-def test_nothing_waits_for_the_device(name):
+@each_variant
+def test_nothing_waits_for_the_device(name, wide, accumulate):
     """Every op enqueues and returns: torch raises on a synchronisation it knows of."""
-    args = arguments(torch.float32, "cuda")[name]
+    args = made(name, torch.float32, "cuda", wide, accumulate)
     overload(name)(*copied(args))
     given = copied(args)
     torch.cuda.synchronize()

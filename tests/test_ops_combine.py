@@ -15,6 +15,7 @@ from cases import (
     dtypes,
     large,
     layout,
+    mixed,
     rows,
     sum_floor,
     task_counts,
@@ -26,36 +27,37 @@ def weights_for(rng, tasks: int, body) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(tasks)).to(body.device)
 
 
-def empty_row(size: int, jac: torch.Tensor) -> torch.Tensor:
+def empty_row(size: int, jac: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Garbage to be overwritten."""
-    return torch.full((size,), float("nan"), dtype=jac.dtype, device=jac.device)
+    return torch.full((size,), float("nan"), dtype=dtype or jac.dtype, device=jac.device)
 
 
 def wide(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tensor.cpu().numpy().astype(truth(like[:0]).dtype)
 
 
-def check_combine(body, jac: torch.Tensor, w: torch.Tensor, what: object) -> None:
-    out = empty_row(jac.shape[1], jac)
+def check_combine(body, jac: torch.Tensor, w: torch.Tensor, what: object, dtype=None) -> None:
+    """dtype: that of the sum; the rows' own without."""
+    out = empty_row(jac.shape[1], jac, dtype)
     assert body.combine(jac, w, out) is None
     true, a = truth(jac), wide(w, jac)
     ref = oracles.combine(true, a)
-    plain = (w.to(acc(jac.dtype)) @ contiguous_rows(jac)).to(jac.dtype)
-    floor = sum_floor(np.abs(a) @ np.abs(true), ref, jac.dtype)
+    plain = (w.to(acc(jac.dtype)) @ contiguous_rows(jac)).to(out.dtype)
+    floor = sum_floor(np.abs(a) @ np.abs(true), ref, out.dtype)
     check_close(out, ref, plain, floor, what)
 
 
-def check_flat(body, jac, a, sam, b, what: object) -> None:
-    out = empty_row(jac.shape[1], jac)
+def check_flat(body, jac, a, sam, b, what: object, dtype=None) -> None:
+    out = empty_row(jac.shape[1], jac, dtype)
     body.combine_flat(jac, a, sam, b, out)
     j, s = truth(jac), truth(sam)
     x, y = wide(a, jac), wide(b, jac)
     ref = oracles.combine_flat(j, x, s, y)
     difference = contiguous_rows(sam) - contiguous_rows(jac)
     kind = acc(jac.dtype)
-    plain = (a.to(kind) @ contiguous_rows(jac) + b.to(kind) @ difference).to(jac.dtype)
+    plain = (a.to(kind) @ contiguous_rows(jac) + b.to(kind) @ difference).to(out.dtype)
     terms = np.abs(x) @ np.abs(j) + np.abs(y) @ np.abs(s - j)
-    check_close(out, ref, plain, sum_floor(terms, ref, jac.dtype), what)
+    check_close(out, ref, plain, sum_floor(terms, ref, out.dtype), what)
 
 
 def check_project(body, jac: torch.Tensor, c: torch.Tensor, what: object) -> None:
@@ -120,6 +122,102 @@ def test_layouts(body, dtype, kind, rng):
         check_flat(body, jac, a, sam.contiguous(), b, (tasks, size))
         c = torch.from_numpy(rng.standard_normal((tasks, tasks))).to(body.device)
         check_project(body, jac, c, (tasks, size))
+
+
+@mixed
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 9, 17, 33, 200])
+def test_wider_sum(body, dtype, beside, tasks, rng):
+    """Rows in half precision, their sum in float32: as exact as float32 sums are."""
+    for size in SIZES:
+        jac, sam = (rows(rng, (tasks, size), dtype, body.device) for _ in range(2))
+        a, b = weights_for(rng, tasks, body), weights_for(rng, tasks, body)
+        check_combine(body, jac, a, size, beside)
+        check_flat(body, jac, a, sam, b, size, beside)
+
+
+@mixed
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_wider_sum_of_any_layout(body, dtype, beside, kind, rng):
+    for tasks, size in [(1, 65), (3, 1000), (9, 4099)]:
+        jac, sam = (layout(rows(rng, (tasks, size), dtype, body.device), kind) for _ in range(2))
+        a, b = weights_for(rng, tasks, body), weights_for(rng, tasks, body)
+        check_combine(body, jac, a, (tasks, size), beside)
+        check_flat(body, jac, a, sam.contiguous(), b, (tasks, size), beside)
+        for start in (0, 1, 2, 4):  # the sum misaligned; what lies around it stays as it was
+            whole = torch.full((size + 9,), 7.0, dtype=beside, device=body.device)
+            expected = empty_row(size, jac, beside)
+            body.combine_flat(jac, a, sam, b, expected)
+            body.combine_flat(jac, a, sam, b, whole[start : start + size])
+            assert torch.equal(whole[start : start + size], expected)
+            assert (whole[:start] == 7).all() and (whole[start + size :] == 7).all()
+
+
+@mixed
+def test_wider_sum_of_hard_scales(body, dtype, beside, rng):
+    reach = 3 if dtype == torch.float16 else 8
+    for tasks, size in [(3, 777), (9, 4097)]:
+        for low, high in [(-reach, -reach), (reach, reach), (-reach, reach)]:
+            scale = 10.0 ** rng.uniform(low, high, (tasks, 1)) / np.sqrt(size)
+            jac, sam = (rows(rng, (tasks, size), dtype, body.device, scale) for _ in range(2))
+            norms = torch.from_numpy(scale[:, 0]).to(body.device)
+            a, b = weights_for(rng, tasks, body) / norms, weights_for(rng, tasks, body) / norms
+            check_combine(body, jac, a, (tasks, low, high), beside)
+            check_flat(body, jac, a, sam, b, (tasks, low, high), beside)
+
+
+@mixed
+def test_wider_sum_is_not_rounded_in_between(body, dtype, beside, rng):
+    """Two rows, weights 1: the float32 sum to the bit, which the rows' type could not hold."""
+    jac = rows(rng, (2, 1031), dtype, body.device)
+    sam = rows(rng, (2, 1031), dtype, body.device)
+    one = torch.ones(2, dtype=torch.float64, device=body.device)
+    out = empty_row(1031, jac, beside)
+    body.combine(jac, one, out)
+    exact = jac[0].float() + jac[1].float()
+    assert torch.equal(out, exact) and not torch.equal(exact.to(dtype).float(), exact)
+    pick = torch.tensor([0.0, 1.0], dtype=torch.float64, device=body.device)
+    body.combine_flat(jac, 0 * pick, sam, pick, out)
+    assert torch.equal(out, sam[1].float() - jac[1].float())
+    body.combine_flat(jac, pick, sam, 0 * pick, out)
+    assert torch.equal(out, jac[1].float())
+
+
+def test_wider_sum_beyond_float16(body):
+    jac = torch.full((3, 77), 6e4, dtype=torch.float16, device=body.device)
+    out = torch.empty(77, device=body.device)
+    body.combine(jac, torch.ones(3, dtype=torch.float64, device=body.device), out)
+    assert (out == 3 * jac[0, 0].float()).all()
+
+
+@mixed
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_wider_sum_never_reads_a_row_of_zero_weight(body, dtype, beside, bad, rng):
+    for tasks in [1, 2, 5, 9, 33]:
+        jac, sam = (rows(rng, (tasks, 515), dtype, body.device) for _ in range(2))
+        a, b = weights_for(rng, tasks, body), weights_for(rng, tasks, body)
+        off, flat_off = rng.random(tasks) < 0.5, rng.random(tasks) < 0.7
+        a[off], b[off | flat_off] = 0, 0
+        unread, unread_sam = (torch.from_numpy(x) for x in (off, off | flat_off))
+        clean = jac.clone(), sam.clone()
+        jac[unread], sam[unread_sam] = bad, bad
+        for op in (
+            lambda j, s, out: body.combine(j, a, out),
+            lambda j, s, out: body.combine_flat(j, a, s, b, out),
+        ):
+            out, expected = empty_row(515, jac, beside), empty_row(515, jac, beside)
+            op(jac, sam, out)
+            op(*clean, expected)
+            assert torch.isfinite(out).all() and torch.equal(out, expected)
+
+
+@mixed
+def test_wider_sum_of_a_long_row(body, dtype, beside, rng):
+    """Beyond what is written past the caches."""
+    if body.name == "reference":
+        pytest.skip("one path")
+    jac, sam = (torch.randn(2, 2_100_003).to(dtype).to(body.device) for _ in range(2))
+    a, b = weights_for(rng, 2, body), weights_for(rng, 2, body)
+    check_flat(body, jac, a, sam, b, "long", beside)
 
 
 @dtypes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import dtypes, rows
+from cases import pairs, rows
 
 CASES = [(1, 300_007), (3, 100_003), (9, 50_001), (40, 20_011), (130, 4_111)]
 
@@ -33,29 +33,33 @@ def solvers(body, gram: torch.Tensor, order: torch.Tensor) -> list[tuple[torch.T
 
 def everything(body, jac, sam, a, b, grads, offsets) -> list[torch.Tensor]:
     tasks, size = jac.shape
-    out, flat = (torch.empty(size, dtype=jac.dtype, device=jac.device) for _ in range(2))
+    beside = grads[0].dtype
+    out, flat = (torch.empty(size, dtype=beside, device=jac.device) for _ in range(2))
     projected = torch.empty((min(tasks, 5), size), dtype=jac.dtype, device=jac.device)
     row = torch.empty(size, dtype=jac.dtype, device=jac.device)
     body.combine(jac, a, out)
     body.combine_flat(jac, a, sam, b, flat)
     body.project(jac, torch.stack([a, b, a + b, a * b, -a])[: len(projected)], projected)
     sq = body.pack_row_(row, grads, offsets)
-    asam = body.adaptive_sq_norm(jac[0], row, 0.01)
+    twice = jac[-1].clone()
+    sq_twice = body.pack_row_(twice, grads, offsets, True)
+    saved = jac[0].to(beside)
+    asam = body.adaptive_sq_norm(saved, row, 0.01)
     params = [g.clone() for g in grads]
-    body.perturb_(params, jac[0].contiguous(), row, sq, offsets, [0.1] * len(params), True, 0.01)
+    body.perturb_(params, saved, row, sq, offsets, [0.1] * len(params), True, 0.01)
     gram = body.gram(jac)
     order = body.draw_order_(torch.tensor([3, 4], device=jac.device), tasks, 1)
     k = body.solve_pcgrad(gram[None], order)
     v = [t for solver in solvers(body, gram, order[0]) for t in solver]
-    others = [body.gram_difference(sam, jac), body.row_norms(jac), sq, asam, order]
+    others = [body.gram_difference(sam, jac), body.row_norms(jac), sq, asam, order, twice, sq_twice]
     return [out, flat, projected, row, gram, *params, *k, *v, *others]
 
 
-def inputs(rng, tasks: int, size: int, dtype: torch.dtype, device: str):
+def inputs(rng, tasks: int, size: int, dtype: torch.dtype, device: str, beside: torch.dtype):
     jac, sam = (rows(rng, (tasks, size), dtype, device) for _ in range(2))
     a, b = (torch.from_numpy(rng.standard_normal(tasks)).to(device) for _ in range(2))
     cut = size // 3
-    grads = [rows(rng, (cut,), dtype, device), rows(rng, (size - cut - 9,), dtype, device)]
+    grads = [rows(rng, (cut,), beside, device), rows(rng, (size - cut - 9,), beside, device)]
     return jac, sam, a, b, grads, [4, cut + 7]
 
 
@@ -67,10 +71,10 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("body", ["cpu"], indirect=True)
-@dtypes
+@pairs
 @pytest.mark.parametrize("tasks, size", CASES)
-def test_any_number_of_threads(body, dtype, tasks, size, threads, rng):
-    given = inputs(rng, tasks, size, dtype, "cpu")
+def test_any_number_of_threads(body, dtype, beside, tasks, size, threads, rng):
+    given = inputs(rng, tasks, size, dtype, "cpu", beside)
     threads(1)
     first = everything(body, *given)
     for count in (2, 3, 4, 7):
@@ -82,10 +86,10 @@ def test_any_number_of_threads(body, dtype, tasks, size, threads, rng):
 @pytest.mark.parametrize(
     "body", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )
-@dtypes
+@pairs
 @pytest.mark.parametrize("tasks, size", [(3, 100_003), (40, 20_011)])
-def test_run_to_run(body, dtype, tasks, size, rng):
-    given = inputs(rng, tasks, size, dtype, body.device)
+def test_run_to_run(body, dtype, beside, tasks, size, rng):
+    given = inputs(rng, tasks, size, dtype, body.device, beside)
     first = everything(body, *given)
     for _ in range(3):
         noise = torch.randn(1000, 300, device=body.device)  # something else in between

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_arguments import SIZE, TASKS, arguments, copied, tensors
+from op_arguments import SIZE, TASKS, arguments, call_public, copied, tensors
 
 from flatmtl import ops
 
@@ -20,8 +20,46 @@ ONE = torch.ones((), dtype=DOUBLE)
 PARAMS = [torch.zeros(4, 3), torch.zeros(20)]
 ROW = torch.randn(SIZE)
 RNG = torch.tensor([1, 2])
+BF, HALF = torch.bfloat16, torch.float16
+BF_JAC, BF_ROW, HALF_ROW = JAC.to(BF), ROW.to(BF), ROW.to(HALF)
+
+# Of the rows' dtype, or float32 beside bfloat16 and float16 rows: everything else is an error. The
+# compiled bodies check it themselves: pack_row_ and perturb_ are called directly too.
+DTYPE_CASES = {
+    "combine out 64 of bf16": (ops.combine, (BF_JAC, W, OUT.double()), "out"),
+    "combine out 16 of bf16": (ops.combine, (BF_JAC, W, OUT.half()), "out"),
+    "combine out bf16 of 32": (ops.combine, (JAC, W, OUT.to(BF)), "out"),
+    "combine out 32 of 64": (ops.combine, (JAC.double(), W, OUT), "out"),
+    "flat out 64 of bf16": (ops.combine_flat, (BF_JAC, W, BF_JAC, W, OUT.double()), "out"),
+    "flat out 16 of 32": (ops.combine_flat, (JAC, W, JAC, W, OUT.half()), "out"),
+    "flat sam 32 of bf16": (ops.combine_flat, (BF_JAC, W, JAC, W, OUT), "sam"),
+    "pack 64 into bf16": (ops.pack_row_, (BF_ROW, [PARAMS[0].double()], [0]), "grads"),
+    "pack 64 into 32": (ops.pack_row_, (ROW, [PARAMS[0].double()], [0]), "grads"),
+    "pack 32 into 64": (ops.pack_row_, (ROW.double(), [PARAMS[0]], [0]), "grads"),
+    "pack 16 into bf16": (ops.pack_row_, (BF_ROW, [PARAMS[0].half()], [0]), "grads"),
+    "pack bf16 into 32": (ops.pack_row_, (ROW, [PARAMS[0].to(BF)], [0]), "grads"),
+    "pack two dtypes": (ops.pack_row_, (BF_ROW, [PARAMS[0], PARAMS[1].to(BF)], [0, 12]), "grads"),
+    "pack two dtypes back": (
+        ops.pack_row_, (BF_ROW, [PARAMS[0].to(BF), PARAMS[1]], [0, 12]), "grads"),
+    "pack two dtypes, one empty": (
+        ops.pack_row_, (BF_ROW, [PARAMS[0][:0].to(BF), PARAMS[1]], [0, 12]), "grads"),
+    "adaptive 64 by bf16": (ops.adaptive_sq_norm, (ROW.double(), BF_ROW, 0.0), "saved"),
+    "adaptive 16 by bf16": (ops.adaptive_sq_norm, (HALF_ROW, BF_ROW, 0.0), "saved"),
+    "adaptive bf16 by 32": (ops.adaptive_sq_norm, (BF_ROW, ROW, 0.0), "saved"),
+    "perturb saved 64 by 16": (
+        ops.perturb_, ([OUT.double()], ROW.double(), HALF_ROW, ONE, [0], [1.0]), "saved"),
+    "perturb saved bf16 by 32": (
+        ops.perturb_, ([OUT.to(BF)], BF_ROW, ROW, ONE, [0], [1.0]), "saved"),
+    "perturb saved 64 by 32": (
+        ops.perturb_, ([OUT.double()], ROW.double(), ROW, ONE, [0], [1.0]), "saved"),
+    "perturb params bf16, saved 32": (
+        ops.perturb_, ([OUT.to(BF)], ROW, BF_ROW, ONE, [0], [1.0]), "params"),
+    "perturb params 32, saved bf16": (ops.perturb_, ([OUT], BF_ROW, BF_ROW, ONE, [0], [1.0]), "params"),
+    "restore params 32, saved bf16": (ops.restore_, ([OUT], BF_ROW, [0]), "params"),
+}  # fmt: skip
 
 CASES = {
+    **DTYPE_CASES,
     # what is not a matrix of rows
     "gram list": (ops.gram, ([[1.0]],), "jac"),
     "gram 1-D": (ops.gram, (ROW,), "jac"),
@@ -191,6 +229,28 @@ def test_wrong_argument(case):
         assert x.is_meta or torch.equal(x, y), "something was written"
 
 
+@pytest.mark.parametrize("case", DTYPE_CASES)
+def test_wrong_dtype_for_the_op_itself(case):
+    """As the optimizer calls it, past the wrappers: RuntimeError that says the same."""
+    function, args, name = DTYPE_CASES[case]
+    full = (*args, False, 0.0) if function is ops.perturb_ else args
+    before = [t.clone() for t in tensors(list(args))]
+    with pytest.raises(RuntimeError) as caught:
+        getattr(torch.ops.flatmtl, function.__name__).default(*full)
+    message = str(caught.value)
+    assert name in message.replace("[", " ").split() and "got" in message, message
+    assert all(torch.equal(x, y) for x, y in zip(before, tensors(list(args)), strict=True))
+
+
+def test_accumulate_is_a_keyword():
+    with pytest.raises(TypeError, match="positional"):
+        ops.pack_row_(ROW, PARAMS, [0, 12], True)
+    row = ROW.clone()
+    with pytest.raises(ValueError, match=r"grads must end within the row \(37 elements\), got"):
+        ops.pack_row_(row, PARAMS, [0, 18], accumulate=True)
+    assert torch.equal(row, ROW)
+
+
 OVERLAPS = {
     "project into itself": lambda b: (ops.project, (b[:3], GRAM, b[:3])),
     "project shifted": lambda b: (ops.project, (b[:3], GRAM, b[2:5])),
@@ -222,4 +282,4 @@ def test_mixed_devices(name):
     args = list(copied(arguments(device="cuda")[name]))
     args[0] = args[0].cpu()
     with pytest.raises((ValueError, TypeError), match="device"):
-        getattr(ops, name)(*args)
+        call_public(name, tuple(args))

@@ -6,17 +6,28 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from cases import acc, dtypes, eps, numpy64, rows
+from cases import acc, dtypes, eps, mixed, numpy64, pairs, rows
 
 SHAPES = [(7, 3), (0,), (1,), (), (4, 3, 3, 3), (1029,), (64, 2), (40_001,)]
 both = pytest.mark.parametrize("adaptive, eta", [(False, 0.0), (True, 0.0), (True, 0.02)])
 
 
 class Problem:
-    """Parameters, their saved copy and a gradient row, with gaps between the segments."""
+    """Parameters, their saved copy and a gradient row, with gaps between the segments.
 
-    def __init__(self, rng, dtype: torch.dtype, device: str, shapes=SHAPES) -> None:
-        self.params = [rows(rng, s, dtype, device) for s in shapes]
+    dtype is the row's; beside, or dtype, that of the parameters and their copy.
+    """
+
+    def __init__(
+        self,
+        rng,
+        dtype: torch.dtype,
+        device: str,
+        shapes=SHAPES,
+        beside: torch.dtype | None = None,
+    ) -> None:
+        kind = beside or dtype
+        self.params = [rows(rng, s, kind, device) for s in shapes]
         self.offsets, end = [], 0
         for p in self.params:
             end += int(rng.integers(0, 20))
@@ -24,7 +35,7 @@ class Problem:
             end += p.numel()
         self.size = end + 3
         self.row = rows(rng, (self.size,), dtype, device)
-        self.saved = torch.zeros(self.size, dtype=dtype, device=device)
+        self.saved = torch.zeros(self.size, dtype=kind, device=device)
         for p, o in zip(self.params, self.offsets):
             self.saved[o : o + p.numel()] = p.reshape(-1)
         self.before = [p.clone() for p in self.params]
@@ -47,10 +58,10 @@ class Problem:
         return all(torch.equal(p, b) for p, b in zip(self.params, self.before))
 
 
-@dtypes
+@pairs
 @both
-def test_perturb(body, dtype, adaptive, eta, rng):
-    problem = Problem(rng, dtype, body.device)
+def test_perturb(body, dtype, beside, adaptive, eta, rng):
+    problem = Problem(rng, dtype, body.device, beside=beside)
     sq = problem.sq_norm(body, adaptive, eta)
     where = [p.data_ptr() for p in problem.params]
     for p in problem.params:
@@ -67,11 +78,11 @@ def test_perturb(body, dtype, adaptive, eta, rng):
         else:
             ref = oracles.perturb(numpy64(saved), numpy64(row), sq.item(), rho)
             scale = torch.ones_like(saved, dtype=kind)
-        plain = (saved.to(kind) + s * scale * row.to(kind)).to(dtype)
+        plain = (saved.to(kind) + s * scale * row.to(kind)).to(beside)
         out, error = numpy64(p), np.abs(numpy64(p) - ref)
         # one rounding at the store, and a few before it in the accumulation type
         size = np.abs(numpy64(saved)) + np.abs(ref - numpy64(saved))
-        info = torch.finfo(dtype)
+        info = torch.finfo(beside)
         unit = np.maximum(0.5 * info.eps * np.abs(ref), info.smallest_normal * info.eps)
         assert np.isfinite(out).all()
         assert (error <= 1.001 * unit + 3 * eps(kind) * size).all(), k
@@ -81,12 +92,12 @@ def test_perturb(body, dtype, adaptive, eta, rng):
             assert not torch.equal(p, saved)
 
 
-@dtypes
+@pairs
 @both
 @pytest.mark.parametrize("sq_norm", [0.0, float("nan"), float("inf")])
-def test_no_step_without_a_norm(body, dtype, adaptive, eta, sq_norm, rng):
+def test_no_step_without_a_norm(body, dtype, beside, adaptive, eta, sq_norm, rng):
     """s = 0: theta stays to the bit, also where the row holds NaN and Inf."""
-    problem = Problem(rng, dtype, body.device)
+    problem = Problem(rng, dtype, body.device, beside=beside)
     problem.row[::3] = float("nan")
     problem.row[1::3] = float("inf")
     problem.perturb(body, sq_norm, adaptive, eta)
@@ -97,10 +108,10 @@ def test_no_step_without_a_norm(body, dtype, adaptive, eta, sq_norm, rng):
     assert problem.unchanged()
 
 
-@dtypes
+@pairs
 @both
-def test_rho_zero_leaves_its_tensor(body, dtype, adaptive, eta, rng):
-    problem = Problem(rng, dtype, body.device)
+def test_rho_zero_leaves_its_tensor(body, dtype, beside, adaptive, eta, rng):
+    problem = Problem(rng, dtype, body.device, beside=beside)
     problem.rho[0] = problem.rho[5] = 0.0
     problem.perturb(body, problem.sq_norm(body, adaptive, eta), adaptive, eta)
     assert torch.equal(problem.params[0], problem.before[0])
@@ -108,10 +119,10 @@ def test_rho_zero_leaves_its_tensor(body, dtype, adaptive, eta, rng):
     assert not torch.equal(problem.params[7], problem.before[7])
 
 
-@dtypes
+@pairs
 @both
-def test_restore(body, dtype, adaptive, eta, rng):
-    problem = Problem(rng, dtype, body.device)
+def test_restore(body, dtype, beside, adaptive, eta, rng):
+    problem = Problem(rng, dtype, body.device, beside=beside)
     where = [p.data_ptr() for p in problem.params]
     saved = problem.saved.clone()
     problem.perturb(body, problem.sq_norm(body, adaptive, eta), adaptive, eta)
@@ -170,6 +181,43 @@ def test_hard_scales(body, norm, rng):
     step = (problem.params[0] - problem.before[0]).double().norm().item()
     inside = problem.segment(problem.row, 0).double().norm().item() / norm
     assert step == pytest.approx(0.05 * inside, rel=1e-4)
+
+
+@mixed
+@pytest.mark.parametrize("norm", [1e-8, 1e-2, 1e4, 1e8])
+def test_hard_scales_of_narrow_rows(body, dtype, beside, norm, rng):
+    if dtype == torch.float16 and not 1e-3 < norm < 1e6:
+        pytest.skip("beyond float16's range")
+    problem = Problem(rng, dtype, body.device, [(1001,)], beside)
+    row = problem.row.double()
+    problem.row = (row * (norm / row.norm())).to(dtype)
+    problem.rho = [0.05]
+    sq = problem.sq_norm(body, False, 0.0)
+    problem.perturb(body, sq)
+    saved, direction = (numpy64(problem.segment(t, 0)) for t in (problem.saved, problem.row))
+    ref = oracles.perturb(saved, direction, sq.item(), 0.05)
+    moved = numpy64(problem.params[0]) - saved
+    step = ref - saved
+    # theta + eps is rounded to float32 where theta is about 1 and eps about 0.0015 an element
+    assert np.linalg.norm(moved - step) <= 1e-4 * np.linalg.norm(step)
+
+
+@mixed
+def test_narrow_rows_misaligned(body, dtype, beside, rng):
+    """saved, row and parameters begin at other places of a cache line, in any combination."""
+    for begin in range(5):
+        saved = rows(rng, (1500 + begin,), beside, body.device)[begin:]
+        row = rows(rng, (1500 + 3 * begin,), dtype, body.device)[3 * begin :]
+        params = [rows(rng, (700 + begin,), beside, body.device)[begin:],
+                  rows(rng, (799,), beside, body.device)]  # fmt: skip
+        sq = row.double().square().sum()
+        body.perturb_(params, saved, row, sq, [0, 701], [0.5, 0.25], True, 0.01)
+        for p, o, rho in zip(params, (0, 701), (0.5, 0.25)):
+            part = slice(o, o + p.numel())
+            s, g = numpy64(saved)[part], numpy64(row)[part]
+            ref = oracles.perturb_adaptive(s, g, sq.item(), rho, 0.01)
+            error = np.abs(numpy64(p) - ref)
+            assert (error <= 4 * eps(beside) * (np.abs(s) + np.abs(ref - s))).all()
 
 
 def test_empty_lists(body):

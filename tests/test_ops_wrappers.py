@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import dtypes, rows
+from cases import dtypes, mixed, rows
 
 from flatmtl import ops
 
@@ -24,6 +24,34 @@ def test_outputs_are_allocated(dtype, device, rng):
         given = torch.empty(shape, dtype=dtype, device=device)
         assert function(*args, out=given) is given
         assert torch.equal(fresh, given)
+
+
+@mixed
+def test_rows_in_half_precision_beside_float32(dtype, beside, device, rng):
+    jac, sam = (rows(rng, (3, 130), dtype, device) for _ in range(2))
+    w = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=device)
+    for function, args in [(ops.combine, (jac, w)), (ops.combine_flat, (jac, w, sam, w))]:
+        out = torch.empty(130, dtype=beside, device=device)
+        version = out._version
+        assert function(*args, out=out) is out and out._version > version
+        assert torch.equal(out.to(dtype), function(*args))  # the same sum, rounded
+
+
+@mixed
+def test_pack_takes_any_memory_layout_of_float32(dtype, beside, device, rng):
+    base = rows(rng, (6, 8, 5), beside, device)
+    grads, offsets = [base.transpose(0, 1), base[:, ::2, 1]], [3, 250]
+    row = torch.zeros(280, dtype=dtype, device=device)
+    version = row._version
+    ops.pack_row_(row, grads, offsets)
+    assert row._version > version
+    for g, o in zip(grads, offsets):
+        assert torch.equal(row[o : o + g.numel()], g.reshape(-1).to(dtype))
+    twice = ops.pack_row_(row, grads, offsets, accumulate=True)
+    assert twice.item() == pytest.approx(row.double().square().sum().item(), rel=1e-5)
+    for g, o in zip(grads, offsets):
+        half = g.reshape(-1).to(dtype).float()
+        assert torch.equal(row[o : o + g.numel()], (half + g.reshape(-1)).to(dtype))
 
 
 def test_float32_weights_are_taken(rng):

@@ -110,6 +110,9 @@ struct BF16 {
   static vec<float> load(const elem* p) {
     return vec<float>{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])};
   }
+  static void store(elem* p, vec<float> v) {
+    for (int k = 0; k < Lanes<float>::n; ++k) p[k] = to_bf16(v[k]);
+  }
 #else
   typedef uint16_t half_vec
       __attribute__((vector_size(FLATMTL_VECTOR_BYTES / 2), aligned(2), may_alias));
@@ -117,10 +120,11 @@ struct BF16 {
     const word_vec wide = __builtin_convertvector(*reinterpret_cast<const half_vec*>(p), word_vec);
     return reinterpret_cast<vec<float>>(wide << 16);
   }
-#endif
   static void store(elem* p, vec<float> v) {
-    for (int k = 0; k < Lanes<float>::n; ++k) p[k] = to_bf16(v[k]);
+    const word_vec high = reinterpret_cast<word_vec>(rounded(v)) >> 16;
+    *reinterpret_cast<half_vec*>(p) = __builtin_convertvector(high, half_vec);
   }
+#endif
   static vec<float> rounded(vec<float> v) {  // to_bf16 and back
     const word_vec u = reinterpret_cast<word_vec>(v);
     const word_vec nearest = u + 0x7fffu + ((u >> 16) & 1), quiet = u | 0x400000u;

@@ -75,6 +75,16 @@ auto with_row_type(const Tensor& t, const F& f) {
   }
 }
 
+// Calls f(T{}, U{}) with the types of rows and of what lies beside them, which check_beside has
+// seen: twice the same, or float32 beside half precision.
+template <class F>
+auto with_row_types(const Tensor& row, const Tensor& beside, const F& f) {
+  if (row.scalar_type() == beside.scalar_type())
+    return with_row_type(row, [&](auto zero) { return f(zero, zero); });
+  if (row.scalar_type() == ScalarType::BFloat16) return f(__nv_bfloat16{}, float{});
+  return f(__half{}, float{});
+}
+
 // Grid and Gram indices are int: far above any number of tasks that fits a device.
 inline int count_of(const char* name, int64_t n) {
   STD_TORCH_CHECK(n <= 32768, name, " must have at most 32768 rows, got ", n);

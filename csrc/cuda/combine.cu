@@ -13,10 +13,11 @@ void combine(const Tensor& jac, const Tensor& weights, const Tensor& result) {
   check_out_row(result, jac);
   const int tasks = count_of("jac", jac.size(0));
   const OnDeviceOf device(jac);
-  STD_CUDA_CHECK(with_row_type(jac, [&](auto zero) {
+  STD_CUDA_CHECK(with_row_types(jac, result, [&](auto zero, auto sum) {
     using T = decltype(zero);
-    return kernels::combine<T>(rows<T>(jac), in<double>(weights), tasks, jac.size(1),
-                               out<T>(result), device.stream());
+    using O = decltype(sum);
+    return kernels::combine<T, O>(rows<T>(jac), in<double>(weights), tasks, jac.size(1),
+                                  out<O>(result), device.stream());
   }));
 }
 
@@ -29,10 +30,11 @@ void combine_flat(const Tensor& jac, const Tensor& a, const Tensor& sam, const T
   check_out_row(result, jac);
   const int tasks = count_of("jac", jac.size(0));
   const OnDeviceOf device(jac);
-  STD_CUDA_CHECK(with_row_type(jac, [&](auto zero) {
+  STD_CUDA_CHECK(with_row_types(jac, result, [&](auto zero, auto sum) {
     using T = decltype(zero);
-    return kernels::combine_flat<T>(rows<T>(jac), in<double>(a), rows<T>(sam), in<double>(b), tasks,
-                                    jac.size(1), out<T>(result), device.stream());
+    using O = decltype(sum);
+    return kernels::combine_flat<T, O>(rows<T>(jac), in<double>(a), rows<T>(sam), in<double>(b),
+                                       tasks, jac.size(1), out<O>(result), device.stream());
   }));
 }
 

@@ -7,19 +7,19 @@ namespace flatmtl::cuda {
 namespace {
 
 Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
-                 const std::vector<int64_t>& offsets) {
-  check_flat("row", row);
-  check_segments("grads", grads, offsets, row);
+                 const std::vector<int64_t>& offsets, bool accumulate) {
+  check_pack(row, grads, offsets);
   const SegmentTable table(grads, offsets);
   const int64_t columns = row.size(0);
   const OnDeviceOf device(row);
   const Tensor partials = scratch(row, kernels::pack_row_partials(table.size(), columns));
   const Tensor result = fresh(row, {}, ScalarType::Double);
-  STD_CUDA_CHECK(with_row_type(row, [&](auto zero) {
+  STD_CUDA_CHECK(with_row_types(row, grads.empty() ? row : grads[0], [&](auto zero, auto grad) {
     using T = decltype(zero);
-    return kernels::pack_row<T>(table.data.data(), table.offset.data(), table.numel.data(),
-                                table.size(), out<T>(row), columns, out<double>(partials),
-                                out<double>(result), device.stream());
+    using G = decltype(grad);
+    return kernels::pack_row<T, G>(table.data.data(), table.offset.data(), table.numel.data(),
+                                   table.size(), accumulate, out<T>(row), columns,
+                                   out<double>(partials), out<double>(result), device.stream());
   }));
   return result;
 }
@@ -31,18 +31,19 @@ void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tens
   const SegmentTable table(params, offsets);
   const std::vector<double> radii = table.select(rho);
   const OnDeviceOf device(row);
-  STD_CUDA_CHECK(with_row_type(row, [&](auto zero) {
+  STD_CUDA_CHECK(with_row_types(row, saved, [&](auto zero, auto param) {
     using T = decltype(zero);
-    return kernels::perturb<T>(table.data.data(), table.offset.data(), table.numel.data(),
-                               radii.data(), table.size(), in<T>(saved), in<T>(row),
-                               in<double>(sq_norm), row.size(0), adaptive, eta, device.stream());
+    using U = decltype(param);
+    return kernels::perturb<T, U>(table.data.data(), table.offset.data(), table.numel.data(),
+                                  radii.data(), table.size(), in<U>(saved), in<T>(row),
+                                  in<double>(sq_norm), row.size(0), adaptive, eta, device.stream());
   }));
 }
 
 void restore_(const std::vector<Tensor>& params, const Tensor& saved,
               const std::vector<int64_t>& offsets) {
   check_flat("saved", saved);
-  check_segments("params", params, offsets, saved);
+  check_segments("params", params, offsets, saved, "saved", saved);
   const SegmentTable table(params, offsets);
   const OnDeviceOf device(saved);
   STD_CUDA_CHECK(with_row_type(saved, [&](auto zero) {
@@ -54,16 +55,18 @@ void restore_(const std::vector<Tensor>& params, const Tensor& saved,
 
 Tensor adaptive_sq_norm(const Tensor& saved, const Tensor& row, double eta) {
   check_flat("row", row);
-  check_same_flat("saved", saved, "row", row);
+  check_saved(saved, row);
   const int64_t columns = row.size(0);
   const OnDeviceOf device(row);
-  const Tensor partials = scratch(row, kernels::adaptive_sq_norm_partials(columns, row_bytes(row)));
+  const Tensor partials =
+      scratch(row, kernels::adaptive_sq_norm_partials(columns, row_bytes(saved)));
   const Tensor result = fresh(row, {}, ScalarType::Double);
-  STD_CUDA_CHECK(with_row_type(row, [&](auto zero) {
+  STD_CUDA_CHECK(with_row_types(row, saved, [&](auto zero, auto param) {
     using T = decltype(zero);
-    return kernels::adaptive_sq_norm<T>(in<T>(saved), in<T>(row), columns, eta,
-                                        out<double>(partials), out<double>(result),
-                                        device.stream());
+    using U = decltype(param);
+    return kernels::adaptive_sq_norm<T, U>(in<U>(saved), in<T>(row), columns, eta,
+                                           out<double>(partials), out<double>(result),
+                                           device.stream());
   }));
   return result;
 }

@@ -6,7 +6,9 @@
 //
 // A weight of exactly 0 leaves its row out: it is not read (combine, combine_flat) or not
 // multiplied (project), so that 0 * NaN poisons nothing. Sums run over i in order, in the
-// arithmetic type, with one rounding at the store. Determinism: no reduction between threads; every
+// arithmetic type, with one rounding at the store. `out` of combine and combine_flat is of the
+// rows' type, or float32 where that is half precision: P elements of its own size are then written,
+// and nothing is rounded to the rows' type. Determinism: no reduction between threads; every
 // element's bits depend on its column alone. Shapes: any T, R >= 1, any P >= 0, any row stride and
 // alignment. `out` of combine may be a row of J.
 #pragma once
@@ -38,13 +40,13 @@ __device__ inline void load_packs(Pack<T> (&x)[kCombineUnroll<T>], const T* row,
   }
 }
 
-// kFlat: combine_flat with weights (a, b); else combine with weights a.
-template <class T, bool kFlat>
+// kFlat: combine_flat with weights (a, b); else combine with weights a. O: the type of out.
+template <class T, class O, bool kFlat>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(Rows<const T> jac, const double* a, Rows<const T> sam, const double* b,
-                   int tasks, int64_t columns, T* out) {
+                   int tasks, int64_t columns, O* out) {
   using A = Acc<T>;
-  constexpr int kPack = Pack<T>::kSize;
+  constexpr int kPack = Pack<T>::kSize, kOut = Pack<O>::kSize;  // one pack of out, or two
   constexpr int64_t kStride = static_cast<int64_t>(kThreads) * kPack;
   __shared__ A weight_a[kWeightSlab];
   __shared__ A weight_b[kFlat ? kWeightSlab : 1];
@@ -97,15 +99,18 @@ __global__ void __launch_bounds__(kThreads)
     }
 
 #pragma unroll
-    for (int u = 0; u < kCombineUnroll<T>; ++u) {
-      Pack<T> result;
+    for (int u = 0; u < kCombineUnroll<T>; ++u)
 #pragma unroll
-      for (int v = 0; v < kPack; ++v) result.lane[v] = from_acc<T>(acc[u][v]);
-      if (inside && out_aligned)
-        store_pack(out + column + u * kStride, result);
-      else
-        store_guarded(out, column + u * kStride, columns, result);
-    }
+      for (int w = 0; w < kPack; w += kOut) {
+        const int64_t at = column + u * kStride + w;
+        Pack<O> result;
+#pragma unroll
+        for (int v = 0; v < kOut; ++v) result.lane[v] = from_acc<O>(acc[u][w + v]);
+        if (inside && out_aligned)
+          store_pack(out + at, result);
+        else
+          store_guarded(out, at, columns, result);
+      }
   }
 }
 
@@ -180,24 +185,24 @@ inline unsigned combine_blocks(int64_t columns, int64_t columns_per_block) {
 }
 
 // weights: [T]. out: [P].
-template <class T>
-cudaError_t combine(Rows<const T> jac, const double* weights, int tasks, int64_t columns, T* out,
+template <class T, class O>
+cudaError_t combine(Rows<const T> jac, const double* weights, int tasks, int64_t columns, O* out,
                     cudaStream_t stream) {
   if (columns == 0) return cudaSuccess;
   const unsigned blocks =
       combine_blocks(columns, int64_t{kThreads} * Pack<T>::kSize * kCombineUnroll<T>);
-  return launch(combine_kernel<T, false>, dim3(blocks), dim3(kThreads), 0, stream, jac, weights,
+  return launch(combine_kernel<T, O, false>, dim3(blocks), dim3(kThreads), 0, stream, jac, weights,
                 Rows<const T>{}, static_cast<const double*>(nullptr), tasks, columns, out);
 }
 
 // a, b: [T]. out: [P].
-template <class T>
+template <class T, class O>
 cudaError_t combine_flat(Rows<const T> jac, const double* a, Rows<const T> sam, const double* b,
-                         int tasks, int64_t columns, T* out, cudaStream_t stream) {
+                         int tasks, int64_t columns, O* out, cudaStream_t stream) {
   if (columns == 0) return cudaSuccess;
   const unsigned blocks =
       combine_blocks(columns, int64_t{kThreads} * Pack<T>::kSize * kCombineUnroll<T>);
-  return launch(combine_kernel<T, true>, dim3(blocks), dim3(kThreads), 0, stream, jac, a, sam, b,
+  return launch(combine_kernel<T, O, true>, dim3(blocks), dim3(kThreads), 0, stream, jac, a, sam, b,
                 tasks, columns, out);
 }
 

@@ -1,10 +1,17 @@
 // Lists of tensors and one flat row: segment k of the row is row[offset_k : offset_k + numel_k].
 //
-//   pack_row          row <- the gradients, 0 between them; the row's squared norm   read P, write
-//   P perturb           params <- saved + s row (SAM), saved + s (|saved| + eta)^2 row (ASAM);
+//   pack_row          row <- the gradients, 0 between them; the row's squared norm
+//                                                                            read P, write P
+//                     accumulate: row <- row + the gradients, itself between them; its squared norm
+//                                                                            read 2 P, write P
+//   perturb           params <- saved + s row (SAM), saved + s (|saved| + eta)^2 row (ASAM);
 //                     s = rho_k / sqrt(sq_norm), read on the device          read 2 P, write P
 //   restore           params <- saved                                        read P, write P
 //   adaptive_sq_norm  sum_k ((|saved_k| + eta) row_k)^2                      read 2 P
+//
+// The row is of the type of the gradients (params, saved), or in half precision beside float32; P
+// elements of each at their own size. Arithmetic is in the arithmetic type, with one rounding to
+// nearest even at the store; the norm is of what is stored.
 //
 // Pointers travel in the kernel's arguments (4 KB, captured by value: safe in CUDA graphs),
 // kEntries segments a launch; a block takes one chunk of one segment. Determinism: chunks are cut
@@ -69,35 +76,60 @@ inline int64_t segment_chunk(int64_t columns) {
   return kChunk * at_least(ceil_div(columns, kChunk * kMaxChunks), 1);
 }
 
-template <class T>
+// A gradient comes to an element of the row.
+template <bool kAccumulate, class T, class G>
+__device__ inline void put(T& element, G grad) {
+  if constexpr (kAccumulate)
+    element = from_acc<T>(to_acc(element) + to_acc(grad));
+  else if constexpr (std::is_same_v<T, G>)
+    element = grad;  // bit for bit, the payload of a NaN too
+  else
+    element = from_acc<T>(to_acc(grad));
+}
+
+template <class T, class G, bool kAccumulate>
 __global__ void __launch_bounds__(kThreads, 2)
     pack_row_kernel(const FLATMTL_GRID_CONSTANT Table<PackEntry> table, T* row, int64_t chunk,
                     double* partials) {
   using A = Acc<T>;
-  constexpr int kPack = Pack<T>::kSize;
+  constexpr int kPack = kPackOf<T, G>;
   constexpr int64_t kStride = static_cast<int64_t>(kThreads) * kPack;
   const int e = entry_of_block(table);
-  const T* grad = static_cast<const T*>(table.entry[e].grad);
+  const G* grad = static_cast<const G*>(table.entry[e].grad);
   const int64_t numel = table.entry[e].numel, span = table.entry[e].span;
   T* target = row + table.entry[e].offset;
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) - table.first_block[e]) * chunk;
   const int64_t end = begin + chunk < span ? begin + chunk : span;
-  const bool aligned = is_aligned(grad) && is_aligned(target);
+  const bool aligned = is_aligned(grad, kPack * sizeof(G)) && is_aligned(target, kPack * sizeof(T));
+  const int64_t covered = numel < end ? numel : end;  // of this chunk, by the gradient
 
   double sum = 0;
   for (int64_t start = begin; start < end; start += kStride * kSegmentUnroll) {
     const int64_t at = start + static_cast<int64_t>(threadIdx.x) * kPack;
-    Pack<T> x[kSegmentUnroll];
-    if (aligned && at + (kSegmentUnroll - 1) * kStride + kPack <= (numel < end ? numel : end)) {
+    Pack<T, kPack> y[kSegmentUnroll];  // the row, before and after
+    if (aligned && at + (kSegmentUnroll - 1) * kStride + kPack <= covered) {
+      Pack<G, kPack> x[kSegmentUnroll];
 #pragma unroll
-      for (int u = 0; u < kSegmentUnroll; ++u) x[u] = load_pack_stream(grad + at + u * kStride);
+      for (int u = 0; u < kSegmentUnroll; ++u) {
+        x[u] = load_pack_stream<G, kPack>(grad + at + u * kStride);
+        if constexpr (kAccumulate) y[u] = load_pack<T, kPack>(target + at + u * kStride);
+      }
 #pragma unroll
-      for (int u = 0; u < kSegmentUnroll; ++u) store_pack(target + at + u * kStride, x[u]);
+      for (int u = 0; u < kSegmentUnroll; ++u) {
+#pragma unroll
+        for (int v = 0; v < kPack; ++v) put<kAccumulate>(y[u].lane[v], x[u].lane[v]);
+        store_pack(target + at + u * kStride, y[u]);
+      }
     } else {
 #pragma unroll
       for (int u = 0; u < kSegmentUnroll; ++u) {
-        x[u] = load_guarded(grad, at + u * kStride, numel);
-        store_guarded(target, at + u * kStride, end, x[u]);
+        const int64_t here = at + u * kStride;
+        const Pack<G, kPack> x = load_guarded<G, kPack>(grad, here, numel);
+        if constexpr (kAccumulate) y[u] = load_guarded<T, kPack>(target, here, end);
+#pragma unroll
+        for (int v = 0; v < kPack; ++v) put<kAccumulate>(y[u].lane[v], x.lane[v]);
+        // what stands where no gradient comes is not written: -0 + 0 would lose its sign
+        store_guarded(target, here, kAccumulate ? covered : end, y[u]);
       }
     }
     A acc = 0;
@@ -105,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int u = 0; u < kSegmentUnroll; ++u)
 #pragma unroll
       for (int v = 0; v < kPack; ++v) {
-        const A a = to_acc(x[u].lane[v]);
+        const A a = to_acc(y[u].lane[v]);
         acc += a * a;
       }
     sum += static_cast<double>(acc);
@@ -114,33 +146,35 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-template <class T>
-__device__ inline Pack<T> perturbed(const Pack<T>& saved, const Pack<T>& row, Acc<T> scale,
-                                    bool adaptive, Acc<T> eta) {
-  using A = Acc<T>;
-  Pack<T> result;
+template <class T, class U, int N>
+__device__ inline Pack<U, N> perturbed(const Pack<U, N>& saved, const Pack<T, N>& row, Acc<U> scale,
+                                       bool adaptive, Acc<U> eta) {
+  using A = Acc<U>;
+  Pack<U, N> result;
 #pragma unroll
-  for (int v = 0; v < Pack<T>::kSize; ++v) {
+  for (int v = 0; v < N; ++v) {
     const A x = to_acc(saved.lane[v]);
     const A t = (x < A(0) ? -x : x) + eta;
     const A g = to_acc(row.lane[v]);
-    result.lane[v] = from_acc<T>(x + scale * (adaptive ? t * t * g : g));
+    result.lane[v] = from_acc<U>(x + scale * (adaptive ? t * t * g : g));
   }
   return result;
 }
 
-// saved, row: [P]. sq_norm: one number; it and row are not read by entries with rho == 0.
-template <class T>
+// T: the type of row; U: of params and saved. saved, row: [P]. sq_norm: one number; it and row are
+// not read by entries with rho == 0.
+template <class T, class U>
 __global__ void __launch_bounds__(kThreads, 2)
-    perturb_kernel(const FLATMTL_GRID_CONSTANT Table<PerturbEntry> table, const T* saved,
+    perturb_kernel(const FLATMTL_GRID_CONSTANT Table<PerturbEntry> table, const U* saved,
                    const T* row, const double* sq_norm, int64_t chunk, bool adaptive, double eta) {
-  using A = Acc<T>;
-  constexpr int kPack = Pack<T>::kSize, kUnroll = 2;
+  using A = Acc<U>;
+  constexpr int kPack = kPackOf<T, U>, kUnroll = 2;
   constexpr int64_t kStride = static_cast<int64_t>(kThreads) * kPack;
+  constexpr size_t kBytes = kPack * sizeof(U), kRowBytes = kPack * sizeof(T);
   const int e = entry_of_block(table);
-  T* param = static_cast<T*>(table.entry[e].param);
+  U* param = static_cast<U*>(table.entry[e].param);
   const int64_t numel = table.entry[e].numel;
-  const T* source = saved + table.entry[e].offset;
+  const U* source = saved + table.entry[e].offset;
   const T* direction = row + table.entry[e].offset;
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) - table.first_block[e]) * chunk;
   const int64_t end = begin + chunk < numel ? begin + chunk : numel;
@@ -149,20 +183,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   const double square = rho != 0 ? *sq_norm : 0.0;
   const A scale = square > 0 && square - square == 0 ? static_cast<A>(rho / sqrt(square)) : A(0);
   const bool move = scale != A(0);
-  const bool aligned = is_aligned(param) && is_aligned(source) && (!move || is_aligned(direction));
+  const bool aligned = is_aligned(param, kBytes) && is_aligned(source, kBytes) &&
+                       (!move || is_aligned(direction, kRowBytes));
 
   for (int64_t start = begin; start < end; start += kStride * kUnroll) {
     const int64_t at = start + static_cast<int64_t>(threadIdx.x) * kPack;
     const bool whole = aligned && at + (kUnroll - 1) * kStride + kPack <= end;
-    Pack<T> x[kUnroll], g[kUnroll];
+    Pack<U, kPack> x[kUnroll];
+    Pack<T, kPack> g[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      x[u] = whole ? load_pack(source + at + u * kStride)
-                   : load_guarded(source, at + u * kStride, end);
-      g[u] = zero_pack<T>();
+      x[u] = whole ? load_pack<U, kPack>(source + at + u * kStride)
+                   : load_guarded<U, kPack>(source, at + u * kStride, end);
+      g[u] = zero_pack<T, kPack>();
       if (move)
-        g[u] = whole ? load_pack_stream(direction + at + u * kStride)
-                     : load_guarded(direction, at + u * kStride, end);
+        g[u] = whole ? load_pack_stream<T, kPack>(direction + at + u * kStride)
+                     : load_guarded<T, kPack>(direction, at + u * kStride, end);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -177,14 +213,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // saved, row: [P]. partials: [chunks].
-template <class T>
+template <class T, class U>
 __global__ void __launch_bounds__(kThreads)
-    adaptive_squares_kernel(const T* saved, const T* row, int64_t columns, double eta,
+    adaptive_squares_kernel(const U* saved, const T* row, int64_t columns, double eta,
                             StripPlan plan, double* partials) {
-  using A = Acc<T>;
-  constexpr int kPack = Pack<T>::kSize;
+  using A = Acc<U>;
+  constexpr int kPack = kPackOf<T, U>;
   constexpr int64_t kStride = static_cast<int64_t>(kThreads) * kPack;
-  const bool aligned = is_aligned(saved) && is_aligned(row);
+  const bool aligned = is_aligned(saved, kPack * sizeof(U)) && is_aligned(row, kPack * sizeof(T));
   const int64_t span = kStride * plan.steps;
   double sum = 0;
   for (int64_t start = blockIdx.x * span; start < columns; start += plan.chunks * span) {
@@ -192,9 +228,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int step = 0; step < plan.steps; ++step) {
       const int64_t column = start + step * kStride + static_cast<int64_t>(threadIdx.x) * kPack;
       const bool whole = aligned && column + kPack <= columns;
-      const Pack<T> x =
-          whole ? load_pack_stream(saved + column) : load_guarded(saved, column, columns);
-      const Pack<T> g = whole ? load_pack_stream(row + column) : load_guarded(row, column, columns);
+      const Pack<U, kPack> x = whole ? load_pack_stream<U, kPack>(saved + column)
+                                     : load_guarded<U, kPack>(saved, column, columns);
+      const Pack<T, kPack> g = whole ? load_pack_stream<T, kPack>(row + column)
+                                     : load_guarded<T, kPack>(row, column, columns);
 #pragma unroll
       for (int v = 0; v < kPack; ++v) {
         const A value = to_acc(x.lane[v]);
@@ -253,17 +290,19 @@ inline int64_t pack_row_partials(int64_t count, int64_t columns) {
   return ceil_div(columns, segment_chunk(columns)) + count + 1;
 }
 
-// grads, offsets, numels: [count] on the host, offsets ascending. row: [P]. sq_norm: one number.
-template <class T>
+// grads, offsets, numels: [count] on the host, offsets ascending; of type G. row: [P]. sq_norm: one
+// number.
+template <class T, class G>
 cudaError_t pack_row(const void* const* grads, const int64_t* offsets, const int64_t* numels,
-                     int64_t count, T* row, int64_t columns, double* partials, double* sq_norm,
-                     cudaStream_t stream) {
+                     int64_t count, bool accumulate, T* row, int64_t columns, double* partials,
+                     double* sq_norm, cudaStream_t stream) {
   const int64_t chunk = segment_chunk(columns);
+  const auto kernel = accumulate ? pack_row_kernel<T, G, true> : pack_row_kernel<T, G, false>;
   auto writer = table_writer<PackEntry>(chunk, [&](const Table<PackEntry>& table, int64_t first) {
-    return launch(pack_row_kernel<T>, dim3(table.first_block[table.count]), dim3(kThreads), 0,
-                  stream, table, row, chunk, partials + first);
+    return launch(kernel, dim3(table.first_block[table.count]), dim3(kThreads), 0, stream, table,
+                  row, chunk, partials + first);
   });
-  const int64_t head = count > 0 ? offsets[0] : columns;  // before the first segment: zeros
+  const int64_t head = count > 0 ? offsets[0] : columns;  // before the first segment: no gradient
   cudaError_t error = writer.add({nullptr, 0, 0, head});
   for (int64_t k = 0; k < count && error == cudaSuccess; ++k) {
     const int64_t next = k + 1 < count ? offsets[k + 1] : columns;
@@ -274,15 +313,15 @@ cudaError_t pack_row(const void* const* grads, const int64_t* offsets, const int
   return finish_sums<Finish::kSum>(partials, 1, writer.blocks(), sq_norm, stream);
 }
 
-// params, offsets, numels, rho: [count] on the host. saved, row: [P].
-template <class T>
+// params, offsets, numels, rho: [count] on the host; params of type U. saved, row: [P].
+template <class T, class U>
 cudaError_t perturb(void* const* params, const int64_t* offsets, const int64_t* numels,
-                    const double* rho, int64_t count, const T* saved, const T* row,
+                    const double* rho, int64_t count, const U* saved, const T* row,
                     const double* sq_norm, int64_t columns, bool adaptive, double eta,
                     cudaStream_t stream) {
   const int64_t chunk = segment_chunk(columns);
   auto writer = table_writer<PerturbEntry>(chunk, [&](const Table<PerturbEntry>& table, int64_t) {
-    return launch(perturb_kernel<T>, dim3(table.first_block[table.count]), dim3(kThreads), 0,
+    return launch(perturb_kernel<T, U>, dim3(table.first_block[table.count]), dim3(kThreads), 0,
                   stream, table, saved, row, sq_norm, chunk, adaptive, eta);
   });
   for (int64_t k = 0; k < count; ++k) {
@@ -297,22 +336,23 @@ template <class T>
 cudaError_t restore(void* const* params, const int64_t* offsets, const int64_t* numels,
                     int64_t count, const T* saved, int64_t columns, cudaStream_t stream) {
   const std::vector<double> rho(static_cast<size_t>(count), 0.0);
-  return perturb<T>(params, offsets, numels, rho.data(), count, saved, nullptr, nullptr, columns,
-                    false, 0.0, stream);
+  return perturb<T, T>(params, offsets, numels, rho.data(), count, saved, nullptr, nullptr, columns,
+                       false, 0.0, stream);
 }
 
-inline int64_t adaptive_sq_norm_partials(int64_t columns, int row_bytes) {
-  return strip_plan(columns, 16 / row_bytes, 1).chunks;
+// saved_bytes: an element's; never fewer than the row's.
+inline int64_t adaptive_sq_norm_partials(int64_t columns, int saved_bytes) {
+  return strip_plan(columns, 16 / saved_bytes, 1).chunks;
 }
 
-template <class T>
-cudaError_t adaptive_sq_norm(const T* saved, const T* row, int64_t columns, double eta,
+template <class T, class U>
+cudaError_t adaptive_sq_norm(const U* saved, const T* row, int64_t columns, double eta,
                              double* partials, double* out, cudaStream_t stream) {
-  const StripPlan plan = strip_plan(columns, Pack<T>::kSize, 1);
+  const StripPlan plan = strip_plan(columns, kPackOf<T, U>, 1);
   if (plan.chunks > 0) {
     const cudaError_t error =
-        launch(adaptive_squares_kernel<T>, dim3(static_cast<unsigned>(plan.chunks)), dim3(kThreads),
-               0, stream, saved, row, columns, eta, plan, partials);
+        launch(adaptive_squares_kernel<T, U>, dim3(static_cast<unsigned>(plan.chunks)),
+               dim3(kThreads), 0, stream, saved, row, columns, eta, plan, partials);
     if (error != cudaSuccess) return error;
   }
   return finish_sums<Finish::kSum>(partials, 1, plan.chunks, out, stream);

@@ -10,6 +10,9 @@
 //                                                it
 // Which lane sees which column is the same in both, so that alignment never changes a result's
 // bits.
+//
+// Where rows in half precision go in step with float32 (gradients, parameters), a pack is four
+// columns of both: 16 bytes of the one, 8 of the other.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,6 +20,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "launch.cuh"
 
@@ -52,60 +56,69 @@ __device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T lane[kSize];
+// Columns of a pack of T, and of packs of T and U in step.
+template <class T, class U = T>
+constexpr int kPackOf = 16 / (sizeof(T) > sizeof(U) ? sizeof(T) : sizeof(U));
+
+template <class T, int N = kPackOf<T>>
+struct alignas(N * sizeof(T)) Pack {
+  static constexpr int kSize = N;
+  using Bits = std::conditional_t<N * sizeof(T) == 16, int4, int2>;
+  static_assert(sizeof(Bits) == N * sizeof(T), "a pack is 16 bytes, or 8");
+  T lane[N];
 };
 
-__host__ __device__ inline bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+__host__ __device__ inline bool is_aligned(const void* pointer, size_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-template <class T>
-__device__ inline Pack<T> pack_of(int4 bits) {
-  Pack<T> pack;
-  memcpy(&pack, &bits, 16);
+template <class T, int N>
+__device__ inline Pack<T, N> pack_of(typename Pack<T, N>::Bits bits) {
+  Pack<T, N> pack;
+  memcpy(&pack, &bits, sizeof(pack));
   return pack;
 }
 
-template <class T>
-__device__ inline Pack<T> load_pack(const T* address) {
-  return pack_of<T>(*reinterpret_cast<const int4*>(address));
+template <class T, int N = kPackOf<T>>
+__device__ inline Pack<T, N> load_pack(const T* address) {
+  return pack_of<T, N>(*reinterpret_cast<const typename Pack<T, N>::Bits*>(address));
 }
 
 // For data touched once: evicted first, so that it does not push out what is read again.
-template <class T>
-__device__ inline Pack<T> load_pack_stream(const T* address) {
-  return pack_of<T>(__ldcs(reinterpret_cast<const int4*>(address)));
+template <class T, int N = kPackOf<T>>
+__device__ inline Pack<T, N> load_pack_stream(const T* address) {
+  return pack_of<T, N>(__ldcs(reinterpret_cast<const typename Pack<T, N>::Bits*>(address)));
 }
 
-template <class T>
-__device__ inline void store_pack(T* address, const Pack<T>& pack) {
-  int4 bits;
-  memcpy(&bits, &pack, 16);
-  *reinterpret_cast<int4*>(address) = bits;
+template <class T, int N>
+__device__ inline void store_pack(T* address, const Pack<T, N>& pack) {
+  typename Pack<T, N>::Bits bits;
+  memcpy(&bits, &pack, sizeof(pack));
+  *reinterpret_cast<typename Pack<T, N>::Bits*>(address) = bits;
 }
 
-template <class T>
-__device__ inline Pack<T> zero_pack() {
-  return pack_of<T>(make_int4(0, 0, 0, 0));
+template <class T, int N = kPackOf<T>>
+__device__ inline Pack<T, N> zero_pack() {
+  typename Pack<T, N>::Bits bits;
+  memset(&bits, 0, sizeof(bits));
+  return pack_of<T, N>(bits);
 }
 
 // Columns at or past `columns` read as zero and are not written.
-template <class T>
-__device__ inline Pack<T> load_guarded(const T* row, int64_t column, int64_t columns) {
-  Pack<T> pack = zero_pack<T>();
+template <class T, int N = kPackOf<T>>
+__device__ inline Pack<T, N> load_guarded(const T* row, int64_t column, int64_t columns) {
+  Pack<T, N> pack = zero_pack<T, N>();
 #pragma unroll
-  for (int v = 0; v < Pack<T>::kSize; ++v)
+  for (int v = 0; v < N; ++v)
     if (column + v < columns) pack.lane[v] = row[column + v];
   return pack;
 }
 
-template <class T>
-__device__ inline void store_guarded(T* row, int64_t column, int64_t columns, const Pack<T>& pack) {
+template <class T, int N>
+__device__ inline void store_guarded(T* row, int64_t column, int64_t columns,
+                                     const Pack<T, N>& pack) {
 #pragma unroll
-  for (int v = 0; v < Pack<T>::kSize; ++v)
+  for (int v = 0; v < N; ++v)
     if (column + v < columns) row[column + v] = pack.lane[v];
 }
 

@@ -4,8 +4,8 @@
 // Every thread of a block is a fiber (emulator.cpp). A fiber runs until it meets a barrier or a
 // warp exchange; the order in which fibers run is the test's choice (forward, backward, random), so
 // that a missing barrier gives a wrong result. Caught besides: barriers that not all threads reach,
-// threads at different barriers, 16-byte accesses that are not aligned, shared memory beyond what
-// was asked for, reads of dynamic shared memory before it is written (it starts as NaN).
+// threads at different barriers, 16- and 8-byte accesses that are not aligned, shared memory beyond
+// what was asked for, reads of dynamic shared memory before it is written (it starts as NaN).
 #pragma once
 
 #include <algorithm>
@@ -44,8 +44,8 @@ void barrier(const char* file, int line);
 double exchange(double mine, int source, const char* file, int line);
 void fail(const char* what);
 
-inline void check_aligned(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail("a 16-byte access is not aligned");
+inline void check_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail("a wide access is not aligned");
 }
 
 }  // namespace emulated
@@ -54,22 +54,26 @@ inline void check_aligned(const void* address) {
 #define __shfl_xor_sync(mask, value, offset) \
   emulated::exchange(value, static_cast<int>(threadIdx.x % 32) ^ (offset), __FILE__, __LINE__)
 
-// Copies of it are the 16-byte accesses of a kernel.
-struct int4 {
-  int x, y, z, w;
-  int4() = default;
-  int4(int x_, int y_, int z_, int w_) : x(x_), y(y_), z(z_), w(w_) {}
-  int4(const int4& from) {
-    emulated::check_aligned(&from);
-    std::memcpy(static_cast<void*>(this), &from, 16);
+// Copies of it are the wide accesses of a kernel.
+template <int kInts>
+struct alignas(4 * kInts) EmulatedInts {
+  int lane[kInts];
+  EmulatedInts() = default;
+  EmulatedInts(const EmulatedInts& from) {
+    emulated::check_aligned(&from, sizeof(from));
+    std::memcpy(static_cast<void*>(this), &from, sizeof(from));
   }
-  int4& operator=(const int4& from) {
-    emulated::check_aligned(this);
-    emulated::check_aligned(&from);
-    std::memcpy(static_cast<void*>(this), &from, 16);
+  EmulatedInts& operator=(const EmulatedInts& from) {
+    emulated::check_aligned(this, sizeof(from));
+    emulated::check_aligned(&from, sizeof(from));
+    std::memcpy(static_cast<void*>(this), &from, sizeof(from));
     return *this;
   }
-} __attribute__((aligned(16)));
+};
+using int4 = EmulatedInts<4>;
+using int2 = EmulatedInts<2>;
 
-inline int4 make_int4(int x, int y, int z, int w) { return int4(x, y, z, w); }
-inline int4 __ldcs(const int4* address) { return *address; }
+template <int kInts>
+EmulatedInts<kInts> __ldcs(const EmulatedInts<kInts>* address) {
+  return *address;
+}

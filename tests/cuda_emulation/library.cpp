@@ -1,5 +1,6 @@
 // The launchers of csrc/kernels as C functions, for tests/test_cuda_emulated.py. dtype: 0 float32,
-// 1 float64, 2 float16, 3 bfloat16. Scratch starts as NaN and is watched for writes beyond its end.
+// 1 float64, 2 float16, 3 bfloat16; beside: the type of gradients, parameters or a sum, dtype or 0.
+// Scratch starts as NaN and is watched for writes beyond its end.
 #include <cstdio>
 #include <limits>
 #include <vector>
@@ -45,6 +46,14 @@ int with(int dtype, const F& f) {
   }
 }
 
+// As csrc/cuda/binding.h: twice the same, or float32 beside half precision.
+template <class F>
+int with(int dtype, int beside, const F& f) {
+  if (dtype == beside) return with(dtype, [&](auto zero) { return f(zero, zero); });
+  if (beside != 0 || dtype < 2) return cudaErrorInvalidValue;
+  return dtype == 2 ? f(__half{}, float{}) : f(__nv_bfloat16{}, float{});
+}
+
 int bytes_of(int dtype) { return dtype == 0 ? 4 : dtype == 1 ? 8 : 2; }
 
 template <class T>
@@ -86,15 +95,17 @@ int emulated_row_norms(int dtype, const void* jac, int64_t stride, int tasks, in
   });
 }
 
-int emulated_combine(int dtype, const void* jac, int64_t stride, const double* a, const void* sam,
-                     int64_t sam_stride, const double* b, int tasks, int64_t columns, void* out) {
-  return with(dtype, [&](auto zero) {
+int emulated_combine(int dtype, int beside, const void* jac, int64_t stride, const double* a,
+                     const void* sam, int64_t sam_stride, const double* b, int tasks,
+                     int64_t columns, void* out) {
+  return with(dtype, beside, [&](auto zero, auto sum) {
     using T = decltype(zero);
+    using O = decltype(sum);
     const Rows<const T> j = rows<T>(jac, stride, tasks);
     if (sam)
-      return combine_flat<T>(j, a, rows<T>(sam, sam_stride, tasks), b, tasks, columns,
-                             static_cast<T*>(out), nullptr);
-    return combine<T>(j, a, tasks, columns, static_cast<T*>(out), nullptr);
+      return combine_flat<T, O>(j, a, rows<T>(sam, sam_stride, tasks), b, tasks, columns,
+                                static_cast<O*>(out), nullptr);
+    return combine<T, O>(j, a, tasks, columns, static_cast<O*>(out), nullptr);
   });
 }
 
@@ -112,37 +123,41 @@ int emulated_affinity(const double* gram, const double* losses, int64_t tasks, d
   return affinity(gram, losses, tasks, lr, out, nullptr);
 }
 
-int emulated_pack_row(int dtype, const void* const* grads, const int64_t* offsets,
-                      const int64_t* numels, int64_t count, void* row, int64_t columns,
-                      double* sq_norm) {
+int emulated_pack_row(int dtype, int beside, const void* const* grads, const int64_t* offsets,
+                      const int64_t* numels, int64_t count, int accumulate, void* row,
+                      int64_t columns, double* sq_norm) {
   Scratch partials(pack_row_partials(count, columns));
-  return with(dtype, [&](auto zero) {
+  return with(dtype, beside, [&](auto zero, auto grad) {
     using T = decltype(zero);
-    return pack_row<T>(grads, offsets, numels, count, static_cast<T*>(row), columns,
-                       partials.data(), sq_norm, nullptr);
+    using G = decltype(grad);
+    return pack_row<T, G>(grads, offsets, numels, count, accumulate != 0, static_cast<T*>(row),
+                          columns, partials.data(), sq_norm, nullptr);
   });
 }
 
 // row == nullptr: restore
-int emulated_perturb(int dtype, void* const* params, const int64_t* offsets, const int64_t* numels,
-                     const double* rho, int64_t count, const void* saved, const void* row,
-                     const double* sq_norm, int64_t columns, int adaptive, double eta) {
-  return with(dtype, [&](auto zero) {
+int emulated_perturb(int dtype, int beside, void* const* params, const int64_t* offsets,
+                     const int64_t* numels, const double* rho, int64_t count, const void* saved,
+                     const void* row, const double* sq_norm, int64_t columns, int adaptive,
+                     double eta) {
+  return with(dtype, beside, [&](auto zero, auto param) {
     using T = decltype(zero);
-    const T* source = static_cast<const T*>(saved);
-    if (!row) return restore<T>(params, offsets, numels, count, source, columns, nullptr);
-    return perturb<T>(params, offsets, numels, rho, count, source, static_cast<const T*>(row),
-                      sq_norm, columns, adaptive != 0, eta, nullptr);
+    using U = decltype(param);
+    const U* source = static_cast<const U*>(saved);
+    if (!row) return restore<U>(params, offsets, numels, count, source, columns, nullptr);
+    return perturb<T, U>(params, offsets, numels, rho, count, source, static_cast<const T*>(row),
+                         sq_norm, columns, adaptive != 0, eta, nullptr);
   });
 }
 
-int emulated_adaptive_sq_norm(int dtype, const void* saved, const void* row, int64_t columns,
-                              double eta, double* out) {
-  Scratch partials(adaptive_sq_norm_partials(columns, bytes_of(dtype)));
-  return with(dtype, [&](auto zero) {
+int emulated_adaptive_sq_norm(int dtype, int beside, const void* saved, const void* row,
+                              int64_t columns, double eta, double* out) {
+  Scratch partials(adaptive_sq_norm_partials(columns, bytes_of(beside)));
+  return with(dtype, beside, [&](auto zero, auto param) {
     using T = decltype(zero);
-    return adaptive_sq_norm<T>(static_cast<const T*>(saved), static_cast<const T*>(row), columns,
-                               eta, partials.data(), out, nullptr);
+    using U = decltype(param);
+    return adaptive_sq_norm<T, U>(static_cast<const U*>(saved), static_cast<const T*>(row), columns,
+                                  eta, partials.data(), out, nullptr);
   });
 }
 
