@@ -1,0 +1,185 @@
+"""Whole steps on a CUDA device: as on the CPU, without a wait, and captured in a graph."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flatmtl import SAM, SAMO, MultiTaskOptimizer, Representation
+from flatmtl.weighting import MGDA, Mean, NashMTL, PCGrad
+
+pytestmark = pytest.mark.gpu
+TASKS = 3
+ALL = tuple(range(TASKS))
+
+OPTIONS = {
+    "plain": {},
+    "sam": {"sharpness": SAM(0.05)},
+    "asam": {"sharpness": SAM(0.5, adaptive=True, eta=0.01, exempt_bias=True)},
+    "joint": {"sharpness": SAM(0.05, joint_norm=True)},
+    "direct": {"sharpness": SAM(0.05, aggregate="direct")},
+    "second": {"sharpness": SAM(0.05, aggregate="second")},
+    "each": {"sharpness": SAM(0.05, aggregate="each")},
+    "history": {"sharpness": SAM(0.05), "history": 8},
+    "bf16 rows": {"sharpness": SAM(0.05), "row_dtype": torch.bfloat16},
+}
+# what changes from step to step on the host, or draws by a generator that a graph does not know
+EAGER = {
+    "every": {"sharpness": SAM(0.05, every=2)},
+    "weights_every": {"weights_every": 3},
+    "weights_every, sam": {"weights_every": 3, "sharpness": SAM(0.05)},
+    "samo": {"sharpness": SAMO(0.05)},
+    "replay": {"sharpness": SAM(0.05), "replay_rng": True},
+    "batched": {"jacobian": "batched"},
+    "skip": {"nonfinite": "skip"},
+}
+
+
+class Net(nn.Module):
+    """A trunk with BatchNorm, a head a task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 8)
+        )
+        self.heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(TASKS))
+
+    def losses(self, x: torch.Tensor, tasks=ALL) -> list[torch.Tensor]:
+        z = self.trunk(x)
+        return [(self.heads[t](z) - t).square().mean() for t in tasks]
+
+
+def optimizer(net: Net, weighting=None, **options) -> MultiTaskOptimizer:
+    base = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    return MultiTaskOptimizer(base, weighting=weighting or PCGrad(), model=net, **options)
+
+
+def flat(net: Net) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().double().cpu() for p in net.parameters()])
+
+
+def closure_of(net: Net, x: torch.Tensor):
+    def closure(tasks=ALL):
+        return net.losses(x, tasks)
+
+    return closure
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *(n for n in EAGER if n != "samo")])
+@pytest.mark.parametrize("weighting", [Mean, PCGrad, MGDA, NashMTL])
+def test_as_on_the_cpu(name, weighting, rng):
+    options = {**OPTIONS, **EAGER}[name]
+    if name == "batched":
+        pytest.skip("cuDNN's BatchNorm has no batching rule")
+    here = Net().double() if name != "bf16 rows" else Net()
+    there = copy.deepcopy(here).cuda()
+    x = torch.from_numpy(rng.standard_normal((32, 6))).to(next(here.parameters()).dtype)
+    one, other = optimizer(here, weighting(), **options), optimizer(there, weighting(), **options)
+    for _ in range(4):
+        one.step(closure_of(here, x))
+        other.step(closure_of(there, x.cuda()))
+    error = (flat(here) - flat(there)).norm() / flat(here).norm()
+    assert error <= (1e-2 if name == "bf16 rows" else 1e-9)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *(n for n in EAGER if n not in ("batched", "skip"))])
+def test_nothing_waits_for_the_device(name, rng):
+    net = Net().cuda()
+    x = torch.from_numpy(rng.standard_normal((32, 6))).float().cuda()
+    opt = optimizer(net, **{**OPTIONS, **EAGER}[name])
+    closure = closure_of(net, x)
+    for _ in range(3):
+        opt.step(closure)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            opt.step(closure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("weighting", [PCGrad, MGDA, NashMTL])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_captured_in_a_graph(name, weighting, rng):
+    """A replay is a step: parameters, momentum, BatchNorm and the weighting's state all move."""
+    net = Net().cuda()
+    static = torch.from_numpy(rng.standard_normal((32, 6))).float().cuda()
+    opt = optimizer(net, weighting(), **OPTIONS[name])
+    closure = closure_of(net, static)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            opt.step(closure)
+    torch.cuda.current_stream().wait_stream(stream)
+    twin_net, twin = copy.deepcopy((net, opt))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        losses = opt.step(closure)
+    twin_x = static.clone()
+    for _ in range(3):
+        new = torch.from_numpy(rng.standard_normal((32, 6))).float().cuda()
+        static.copy_(new)
+        twin_x.copy_(new)
+        graph.replay()
+        expected = twin.step(closure_of(twin_net, twin_x))
+        for a, b in zip(losses, expected):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert (flat(net) - flat(twin_net)).norm() <= 1e-4 * flat(net).norm()
+    assert torch.allclose(net.trunk[1].running_mean, twin_net.trunk[1].running_mean, atol=1e-5)
+
+
+def test_replaying_random_numbers_is_refused_in_a_graph(rng):
+    net = Net().cuda()
+    x = torch.randn(32, 6, device="cuda")
+    opt = optimizer(net, sharpness=SAM(0.05), replay_rng=True)
+    opt.step(closure_of(net, x))
+    with pytest.raises(RuntimeError, match="replay_rng"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.step(closure_of(net, x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("sharpness", [None, SAM(0.05)])
+def test_float16_with_a_scaler(fused, sharpness, rng):
+    """An overflow leaves everything as it was; other steps are those of float32 to float16's rounding."""
+    net = Net().cuda()
+    base = torch.optim.Adam(net.parameters(), lr=0.01, fused=fused)
+    opt = MultiTaskOptimizer(base, weighting=NashMTL(), sharpness=sharpness, model=net)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    x = torch.randn(32, 6, device="cuda")
+
+    def closure(tasks=ALL, factor=1.0):
+        with torch.autocast("cuda", torch.float16):
+            return [loss.float() * factor for loss in net.losses(x, tasks)]
+
+    for factor in (1.0, float("inf"), 1.0):
+        before, scale = flat(net), scaler.get_scale()
+        opt.backward(lambda tasks=ALL: closure(tasks, factor), scaler=scaler)  # noqa: B023
+        scaler.step(opt)
+        scaler.update()
+        skipped = factor != 1.0
+        assert torch.equal(flat(net), before) == skipped
+        assert scaler.get_scale() == (scale / 2 if skipped else scale)
+
+
+def test_representation_on_the_device(rng):
+    net = Net().cuda()
+    x = torch.randn(32, 6, device="cuda")
+    opt = optimizer(net, MGDA(), jacobian=Representation(net.trunk))
+    first = sum(float(loss) for loss in opt.step(closure_of(net, x)))
+    for _ in range(20):
+        last = sum(float(loss) for loss in opt.step(closure_of(net, x)))
+    assert last < first
+
+
+def test_sync_batch_norm_is_updated_once():
+    """Its statistics come from the clean pass alone (one process: it is BatchNorm then)."""
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(Net()).cuda()
+    x = torch.randn(32, 6, device="cuda")
+    opt = optimizer(net, sharpness=SAM(0.05))
+    opt.step(closure_of(net, x))
+    assert int(net.trunk[1].num_batches_tracked) == 1
