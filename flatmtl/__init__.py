@@ -4,8 +4,9 @@
 methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on their own.
 """
 
-from flatmtl import ops, weighting
+from flatmtl import ops, plots, weighting
 from flatmtl.aggregation import aggregate
+from flatmtl.history import History
 from flatmtl.jacobian import Batched
 from flatmtl.optimizer import MultiTaskOptimizer
 from flatmtl.representation import Representation
@@ -17,10 +18,12 @@ __all__ = [
     "SAM",
     "SAMO",
     "Batched",
+    "History",
     "MultiTaskOptimizer",
     "Representation",
     "__version__",
     "aggregate",
     "ops",
+    "plots",
     "weighting",
 ]

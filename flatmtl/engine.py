@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flatmtl import graph
-from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
+from flatmtl.block import Block
+from flatmtl.buffers import BufferKeeper
 from flatmtl.families import Families, Found
 from flatmtl.history import History
-from flatmtl.jacobian import Batched, Capture, Captured, Jacobian, capture_perturbed
-from flatmtl.losses import TaskLosses
+from flatmtl.jacobian import Batched, Capture, Captured, Jacobian
+from flatmtl.losses import TaskLosses, added_entries
 from flatmtl.passes import Passes
+from flatmtl.radius import RadiusWatch
 from flatmtl.replay import Generators, Replay
-from flatmtl.representation import Features, Representation
+from flatmtl.representation import Representation
+from flatmtl.resume import load_roles, save_roles
 from flatmtl.roles import Layout, Roles
 from flatmtl.sharpness import SAM, SAMO, Radii, Sharpness, exempt_from_scaling
 from flatmtl.solves import Solves
 from flatmtl.spsa import Directions
+from flatmtl.steps.between import weighted, weighted_sharp
+from flatmtl.steps.plain import plain
+from flatmtl.steps.represented import represented
+from flatmtl.steps.samo import samo
+from flatmtl.steps.sharp import sharp
 from flatmtl.watch import Watch, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
-
-EXPLODES = 10.0  # times the clean loss, or the first one
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,13 @@ class Engine:
         finite: bool [T], whether each task's gradients of the last step were finite; None before.
         ok: bool 0-dim, whether all were, where the step is to be skipped otherwise; else None.
         history: diagnostics of the last steps; None if none are kept, or before the first.
+        roles: of the parameters; None before the first step.
+        capture: the gradients gathered for a step that is still open.
+        weights: "loss" and "flat" weights of the last solve, for the steps until the next.
+        clean_buffers: the model's buffers as the clean passes left them.
+        directions: SAMO's; None without.
+        label: names a parameter in errors.
+        watched: a perturbed pass has been watched for layers that update running statistics.
     """
 
     def __init__(
@@ -69,28 +80,28 @@ class Engine:
         self.ok: Tensor | None = None
         self.history: History | None = None
         self.roles: Roles | None = None
-        self._params, self._named, self._label = params, named, label
+        self.capture: Capture | WeightedBackward | None = None
+        self.weights: dict[str, Tensor] = {}
+        self.clean_buffers = BufferKeeper(options.model)
+        self.directions = (
+            Directions(options.sharpness, options.model)
+            if isinstance(options.sharpness, SAMO)
+            else None
+        )
+        self.label = label
+        self.watched = False
+        self._params, self._named = params, named
         self._layout = Layout(
             row_dtype=options.row_dtype,
             exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
             adjacent=isinstance(options.sharpness, SAM)
             and options.sharpness.aggregate in ("second", "each"),
         )
-        self._directions = (
-            Directions(options.sharpness, options.model)
-            if isinstance(options.sharpness, SAMO)
-            else None
-        )
         self._before = BufferKeeper(options.model)  # as they were before the step
-        self._clean = BufferKeeper(options.model)  # as the clean passes left them
         self._watch = Watch()
-        self._watched = False  # a perturbed pass has been watched for running statistics
-        self._warned: set[str] = set()
-        self._capture: Capture | WeightedBackward | None = None  # of a step that is still open
+        self._radius = RadiusWatch(self._watch)
         self._open = False  # backward() has run and step() has not
         self._written: list[tuple[Tensor, Tensor]] = []  # parameters and the .grad they were given
-        self._weights: dict[str, Tensor] = {}  # of the last solve, for the steps until the next
-        self._first_losses: Tensor | None = None
         self._losses: list[Tensor | None] = []  # the clean ones of this step
         self._loaded: dict[str, Any] | None = None  # a state that waits for the parameters' roles
 
@@ -104,8 +115,14 @@ class Engine:
     def drop(self) -> None:
         """Forgets the gradients of a step that is not made."""
         self._open = False
-        self._capture = None
+        self.capture = None
         self.ok = None
+
+    def skipped(self) -> None:
+        """The step was not made, for what its gradients are: nothing has happened."""
+        self.drop()
+        if self.directions is not None:
+            self.directions.rewind()
 
     def stepped(self) -> None:
         """The step was made."""
@@ -120,7 +137,7 @@ class Engine:
         """Whether backward() adds to that before: no step since, and nobody has reset the gradients."""
         return (
             self._open
-            and self._capture is not None
+            and self.capture is not None
             and all(param.grad is grad for param, grad in self._written)
         )
 
@@ -156,10 +173,12 @@ class Engine:
         else:
             self.drop()
             self.solves.begin()
+        if self.directions is not None and not more:
+            self.directions.begin()
         undoing = scale is not None or self.options.nonfinite == "skip"
         guarded = bool(radii) or (undoing and passes.repeatable)
         random = self._generators().state() if guarded else None
-        if guarded:
+        if guarded and not more:
             self._before.save()
         self.ok = None
         try:
@@ -184,33 +203,28 @@ class Engine:
         sharpness = self.options.sharpness
         if self._loaded is not None:
             self._take_loaded()
-        reuse = (
-            self.options.weights_every > 1
-            and self.steps % self.options.weights_every != 0
-            and bool(self._weights)
-            and self.roles is not None
-        )
-        if not radii:
-            if reuse:
-                self._weighted(passes, scale)
-            else:
-                self._plain(passes, scale)
+        every = self.options.weights_every
+        reuse = self.steps % every != 0 and bool(self.weights) and self.roles is not None
+        apart = not radii  # no perturbed pass at this step
+        if isinstance(sharpness, SAM) and self.steps % sharpness.every and self._has_flat():
+            apart = True
+        if apart and reuse:
+            weighted(self, passes, scale)
+        elif apart and isinstance(self.options.jacobian, Representation):
+            represented(self, passes, self.options.jacobian, scale)
+        elif apart:
+            plain(self, passes, scale)
         elif isinstance(sharpness, SAMO):
-            self._samo(passes, radii, scale)
-        elif isinstance(sharpness, SAM):
-            due = self.steps % sharpness.every == 0 or not self._has_flat()
-            if not due:
-                (self._weighted if reuse else self._plain)(passes, scale)
-            elif reuse:
-                self._weighted_sharp(passes, radii, scale)
-            else:
-                self._sharp(passes, radii, scale)
+            assert radii is not None
+            samo(self, passes, radii, scale)
+        else:
+            assert radii is not None
+            (weighted_sharp if reuse else sharp)(self, passes, radii, scale)
 
     # ------------------------------------------------------------ roles and clean passes
 
     def _has_flat(self) -> bool:
-        shared = None if self.roles is None else self.roles.shared
-        return shared is None or shared.has_flat
+        return self.roles is not None and any(block.has_flat for block in self.roles.blocks)
 
     def _trainable(self) -> list[Tensor]:
         params = [p for p in self._params() if p.requires_grad]
@@ -230,46 +244,43 @@ class Engine:
                 f"from the batch), got {losses.names}"
             )
         if roles is None or list(map(id, params)) != list(map(id, roles.params)):
-            roles = Roles(params, losses.names, self._named, self._label, self._layout)
+            roles = self._make_roles(params, losses.names)
         return roles, losses
 
-    def _clean_passes(self, passes: Passes) -> Iterable[tuple[Roles, TaskLosses]]:
+    def _make_roles(self, params: Sequence[Tensor], tasks: list[Any]) -> Roles:
+        return Roles(params, tasks, self._named, self.label, self._layout)
+
+    def clean_passes(self, passes: Passes) -> Iterator[tuple[Roles, TaskLosses]]:
         """Every micro-batch's roles and losses; notes the losses."""
-        if self._capture is None:
+        if self.capture is None:
             self._losses = []
         for losses in passes.clean():
             roles, losses = self._roles_for(losses)
-            if self._losses:
-                self._losses = [
-                    b if a is None else a if b is None else a + b
-                    for a, b in zip(self._losses, losses.detached, strict=True)
-                ]
-            else:
-                self._losses = list(losses.detached)
+            self._losses = added_entries(self._losses, losses.detached)
             yield roles, losses
             losses.outputs.clear()  # what is left of the graphs is not needed any more
 
-    def _captured(self, passes: Passes, scale: Tensor | None) -> tuple[Roles, Captured]:
+    def captured(self, passes: Passes, scale: Tensor | None) -> tuple[Roles, Captured]:
         """T backward passes a micro-batch, into the blocks' rows."""
         batched = self.options.jacobian if isinstance(self.options.jacobian, Batched) else None
-        for roles, losses in self._clean_passes(passes):
-            if not isinstance(self._capture, Capture) or self._capture.roles is not roles:
-                self._capture = Capture(roles, roles.params[0].device)
-            self._capture.add(losses, batched, scale)
+        for roles, losses in self.clean_passes(passes):
+            if not isinstance(self.capture, Capture) or self.capture.roles is not roles:
+                self.capture = Capture(roles, roles.params[0].device)
+            self.capture.add(losses, batched, scale)
             self.roles = roles  # only once its roles held
-        assert isinstance(self._capture, Capture)
-        return self._capture.roles, self._capture.finish()
+        assert isinstance(self.capture, Capture)
+        return self.capture.roles, self.capture.finish()
 
     # ------------------------------------------------------------ finite or not
 
-    def _finite_tasks(self, roles: Roles, shared_sq: Tensor, own_sq: dict[int, Tensor]) -> Tensor:
+    def finite_tasks(self, roles: Roles, shared_sq: Tensor, own_sq: dict[int, Tensor]) -> Tensor:
         """bool [T], from the squared norms of shared rows [T] or 0-dim, and of own ones."""
         finite = shared_sq.isfinite().expand(len(roles.tasks)).clone()
         for task, sq in own_sq.items():
             finite[task] &= sq.to(finite.device).isfinite()
         return finite
 
-    def _check_finite(self, roles: Roles, finite: Tensor, scale: Tensor | None) -> None:
+    def check_finite(self, roles: Roles, finite: Tensor, scale: Tensor | None) -> None:
         """Remembers which tasks' gradients are finite ([T] bool), and acts on it as asked."""
         self.finite = finite
         if scale is not None or self.options.nonfinite == "skip":
@@ -277,391 +288,42 @@ class Engine:
         elif self.options.nonfinite == "raise":
             self._watch.post(finite, raise_nonfinite(roles.tasks))
 
-    # ------------------------------------------------------------ kinds of steps
-
-    def _families(self, scale: Tensor | None) -> Families:
+    def families(self, scale: Tensor | None) -> Families:
+        """What aggregates rows of gradients that are ``scale`` times too large."""
         inverse = None if scale is None else scale.double().square().reciprocal()
         return Families(self.solves, inverse, full=self.options.history > 0)
 
-    def _plain(self, passes: Passes, scale: Tensor | None) -> None:
-        if isinstance(self.options.jacobian, Representation):
-            self._represented(passes, self.options.jacobian, scale)
-            return
-        roles, captured = self._captured(passes, scale)
-        finite = self._finite_tasks(roles, captured.shared_sq, captured.own_sq)
-        self._check_finite(roles, finite, scale)
-        found = None
-        if roles.shared is not None:
-            found = self._families(scale).plain(roles.shared, captured.shared_sq, finite)
-            self._keep_weights(found)
-            self._add_flat(roles.shared)
-        own = {t: roles.own[t].jac[0] for t in captured.own_sq}
-        for task, row in own.items():
-            roles.own[task].update.copy_(row)
-            self._add_flat(roles.own[task])
-        self._write_grads(roles, captured.reached, set(own), finite)
-        self._record(roles, found, captured.shared_sq, scale)
-
-    def _sharp(self, passes: Passes, radii: Radii, scale: Tensor | None) -> None:
-        sharpness = self.options.sharpness
-        assert isinstance(sharpness, SAM)
-        roles, captured = self._captured(passes, scale)
-        finite = self._finite_tasks(roles, captured.shared_sq, captured.own_sq)
-        self._check_finite(roles, finite, scale)
-
-        def perturb(task: int) -> None:
-            own = (task, captured.own_sq[task]) if task in captured.own_sq else None
-            shared = None if roles.shared is None else roles.shared.jac[task]
-            self._perturb(roles, shared, captured.shared_sq[task], [own] if own else [], radii)
-
-        after, norms = self._perturbed_passes(passes, roles, captured.present, perturb, scale)
-        finite = self._with_perturbed(finite, norms)
-        self._check_finite(roles, finite, scale)
-        found = None
-        if roles.shared is not None:
-            families, block = self._families(scale), roles.shared
-            if sharpness.aggregate == "decomposed":
-                keep = sharpness.every > 1
-                found = families.decomposed(block, captured.shared_sq, finite, keep=keep)
-            elif sharpness.aggregate == "direct":
-                found = families.direct(block, finite)
-            elif sharpness.aggregate == "second":
-                found = families.second(block, finite)
-            else:
-                found = families.each(block, finite)
-            self._keep_weights(found)
-        for task in captured.own_sq:
-            block = roles.own[task]
-            block.update.copy_(block.sam[0])
-            if sharpness.every > 1:
-                torch.sub(block.sam[0], block.jac[0], out=block.kept)
-                block.has_flat = True
-        self._write_grads(roles, captured.reached, set(captured.own_sq), finite)
-        self._record(roles, found, captured.shared_sq, scale, after)
-
-    def _samo(self, passes: Passes, radii: Radii, scale: Tensor | None) -> None:
-        assert self._directions is not None
-        directions = self._directions
-        for roles, losses in self._clean_passes(passes):
-            outputs = [losses.output(task) for task in losses.present]
-            fresh = False
-            for task, hits in zip(
-                losses.present, graph.reached(outputs, roles.params), strict=True
-            ):
-                for k in sorted(hits):
-                    fresh = roles.note_reach(task, k) or fresh
-            roles.end_pass(losses.present, keep=True)
-            if not isinstance(self._capture, WeightedBackward):
-                device = roles.params[0].device
-                ones = torch.ones(len(roles.tasks), dtype=torch.float64, device=device)
-                self._capture = WeightedBackward(roles, ones, scale)
-            if fresh or not roles.settled:
-                earlier = self._capture.unpack(_mean(roles))
-                roles.settle()
-                self._capture.repack(earlier, _mean(roles))
-            self._capture.add(losses, _mean(roles), perturbed=False, retain_graph=False, own=True)
-            self.roles = roles
-        mean = self._capture
-        assert isinstance(mean, WeightedBackward) and self.roles is not None
-        roles = self.roles
-        finite = self._finite_tasks(roles, mean.shared_norm(), mean.own_sq)
-        self._check_finite(roles, finite, scale)
-
-        def perturb(task: int) -> None:
-            row, sq = None, mean.shared_norm()
-            if roles.shared is not None:
-                row = roles.shared.sam[task]
-                sq = directions.bend(roles.shared, task, passes, roles.tasks)
-            own = [(task, mean.own_sq[task])] if task in mean.own_sq else []
-            self._perturb(roles, row, sq, own, radii)
-
-        after, norms = self._perturbed_passes(passes, roles, mean.present, perturb, scale)
-        finite = self._with_perturbed(finite, norms)
-        self._check_finite(roles, finite, scale)
-        found = None
-        if roles.shared is not None:
-            found = self._families(scale).direct(roles.shared, finite)
-        for task in mean.own_sq:
-            roles.own[task].update.copy_(roles.own[task].sam[0])
-        self._write_grads(roles, mean.reached, set(mean.own_sq), finite)
-        self._record(roles, found, self._row_squares(roles, norms), scale, after)
-
-    def _row_squares(self, roles: Roles, norms: dict[int, list[Tensor]]) -> Tensor:
-        """float64 [T], squared norms of the perturbed shared rows."""
-        zero = torch.zeros((), dtype=torch.float64, device=roles.params[0].device)
-        return torch.stack([norms[t][0] if t in norms else zero for t in range(len(roles.tasks))])
-
-    def _weighted(self, passes: Passes, scale: Tensor | None) -> None:
-        """One backward pass with the last weights."""
-        if isinstance(self.options.jacobian, Representation):
-            self.options.jacobian.forget()
-        for roles, losses in self._clean_passes(passes):
-            if not isinstance(self._capture, WeightedBackward):
-                self._capture = WeightedBackward(roles, self._weights["loss"], scale)
-            row = None if roles.shared is None else roles.shared.update
-            self._capture.add(losses, row, perturbed=False, retain_graph=False, own=True)
-        backward, roles = self._capture, self.roles
-        assert isinstance(backward, WeightedBackward) and roles is not None
-        finite = self._finite_tasks(roles, backward.shared_norm(), backward.own_sq)
-        self._check_finite(roles, finite, scale)
-        if roles.shared is not None:
-            self._mask_shared(roles, finite)
-            self._add_flat(roles.shared)
-        for task in backward.own_sq:
-            block = roles.own[task]
-            backward.own_gradient(task, block.jac[0], block.update)
-            self._add_flat(block)
-        self._write_grads(roles, backward.reached, set(backward.own_sq), finite)
-        found = Found(self._weights["loss"], self._weights.get("flat"))
-        self._record(roles, found, None, scale)
-
-    def _weighted_sharp(self, passes: Passes, radii: Radii, scale: Tensor | None) -> None:
-        """Between two solves: one perturbation for all tasks (the paper's Eq. 9), the last weights."""
-        sharpness, roles = self.options.sharpness, self.roles
-        assert isinstance(sharpness, SAM) and roles is not None
-        decomposed = sharpness.aggregate == "decomposed"
-        a = self._weights["loss"]
-        b = self._weights["flat"] if decomposed else a
-        first, minus = WeightedBackward(roles, a, scale), WeightedBackward(roles, b, scale)
-        shared = roles.shared
-        for _, losses in self._clean_passes(passes):
-            row = None if shared is None else shared.jac[0]
-            first.add(losses, row, perturbed=False, retain_graph=decomposed, own=True)
-            if decomposed and shared is not None:
-                minus.add(losses, shared.update, perturbed=False, retain_graph=False, own=False)
-        self._capture = first
-        finite = self._finite_tasks(roles, first.shared_norm(), first.own_sq)
-        self._check_finite(roles, finite, scale)
-        own = [
-            (t, first.own_gradient(t, roles.own[t].jac[0], roles.own[t].jac[0]))
-            for t in first.own_sq
-        ]
-        last = WeightedBackward(roles, b, scale)
-        after: list[Tensor | None] = []
-
-        def perturbed() -> None:
-            nonlocal after
-            row = None if shared is None else shared.jac[0]
-            self._perturb(roles, row, first.shared_norm(), own, radii)
-            for losses, _ in passes.again(roles.tasks, None):
-                target = None if shared is None else shared.sam[0]
-                last.add(losses, target, perturbed=True, retain_graph=False, own=True)
-                after = _added(after, losses.detached)
-                losses.outputs.clear()
-
-        self._away(passes, roles, perturbed)
-        finite = finite & self._finite_tasks(roles, last.shared_norm(), last.own_sq)
-        self._check_finite(roles, finite, scale)
-        if shared is not None:
-            if decomposed:  # (a - b) g + b s
-                torch.sub(shared.sam[0], shared.update, out=shared.update).add_(shared.jac[0])
-            else:
-                shared.update.copy_(shared.sam[0])
-            self._mask_shared(roles, finite)
-        for task in last.own_sq:
-            block = roles.own[task]
-            last.own_gradient(task, block.sam[0], block.update)
-        self._write_grads(roles, first.reached, set(last.own_sq), finite)
-        self._record(roles, Found(a, b if decomposed else None), None, scale, after)
-
-    def _represented(self, passes: Passes, jacobian: Representation, scale: Tensor | None) -> None:
-        """Task gradients at the features, then one backward pass of the trunk."""
-        if len(passes) > 1 or self._capture is not None:
-            raise ValueError(
-                "jacobian must not be Representation with several micro-batches a step: its weights "
-                "belong to one batch's features"
-            )
-        for roles, losses in self._clean_passes(passes):
-            tensors = jacobian.take()
-            present = losses.present
-            outputs = [losses.output(task) for task in present]
-            stop = [t.grad_fn for t in tensors if t.grad_fn is not None]
-            heads = graph.reached(outputs, roles.params, stop)
-            trunk = set().union(*graph.reached(tensors, roles.params))
-            fresh = False
-            for task, hits in zip(present, heads, strict=True):
-                for k in sorted(hits | trunk):
-                    if k in hits and (k in trunk or any(k in h for h in heads if h is not hits)):
-                        raise ValueError(
-                            f"{self._label(roles.params[k])} must lie before jacobian's module, or belong "
-                            "to one task behind it; it is reached on another way too"
-                        )
-                    fresh = roles.note_reach(task, k) or fresh
-            roles.end_pass(present, keep=True)
-            if fresh or not roles.settled:
-                roles.settle()
-            features = Features(tensors, len(roles.tasks))
-            self._at_features(roles, losses, features, scale)
-            self.roles = roles
-
-    def _at_features(
-        self, roles: Roles, losses: TaskLosses, features: Features, scale: Tensor | None
-    ) -> None:
-        at, present = features.block, losses.present
-        zero = torch.zeros((), dtype=torch.float64, device=at.device)
-        squares, own_sq = [zero] * len(roles.tasks), {}
-        reached = set(roles.shared_index)
-        for task in range(len(roles.tasks)):
-            if task not in present:
-                at.jac[task].zero_()
-                continue
-            index = roles.own_index.get(task, [])
-            grads = torch.autograd.grad(
-                losses.output(task),
-                [*features.tensors, *(roles.params[k] for k in index)],
-                grad_outputs=losses.seed(task, scale),
-                retain_graph=task != present[-1],
-                allow_unused=True,
-            )
-            count = len(features.tensors)
-            squares[task] = at.pack(at.jac[task], grads[:count])
-            if index:
-                own_sq[task] = roles.own[task].pack(roles.own[task].jac[0], grads[count:])
-                reached.update(index)
-        shared_sq = torch.stack(squares)
-        finite = self._finite_tasks(roles, shared_sq, own_sq)
-        self._check_finite(roles, finite, scale)
-        found = self._families(scale).plain(at, shared_sq, finite)
-        self._keep_weights(found)
-        if roles.shared is not None:
-            grads = features.backward(at.update, [roles.params[k] for k in roles.shared_index])
-            sq = roles.shared.pack(roles.shared.update, grads)
-            # one that shows only now, in the trunk, is nobody's alone
-            finite = finite & sq.isfinite().to(finite.device)
-            self._check_finite(roles, finite, scale)
-            self._mask_shared(roles, finite)
-        for task in own_sq:
-            roles.own[task].update.copy_(roles.own[task].jac[0])
-        self._write_grads(roles, reached, set(own_sq), finite)
-        self._record(roles, found, shared_sq, scale)
-
-    # ------------------------------------------------------------ perturbed passes
-
-    def _perturb(
-        self,
-        roles: Roles,
-        shared: Tensor | None,
-        shared_sq: Tensor,
-        own: Sequence[tuple[int, Tensor]],
-        radii: Radii,
-    ) -> None:
-        """Moves the shared parameters along a row [P], and own ones along their gradients.
-
-        Args:
-            roles: the roles.
-            shared: the row; None if nothing is shared.
-            shared_sq: its squared norm.
-            own: tasks, and the squared norms of their own gradients.
-            radii: the radii.
-        """
-        sharpness = self.options.sharpness
-        assert sharpness is not None
-        eta = sharpness.eta if isinstance(sharpness, SAM) else 0.0
-        moved = []
-        if roles.shared is not None and shared is not None:
-            rho = [radii.shared[id(p)] for p in roles.shared.params]
-            moved.append((roles.shared, shared, shared_sq, rho))
-        for task, sq in own:
-            block = roles.own[task]
-            moved.append((block, block.jac[0], sq, [radii.own[id(p)] for p in block.params]))
-        if sharpness.adaptive:
-            moved = [(b, row, b.adaptive_sq_norm(row, eta), rho) for b, row, _, rho in moved]
-        if isinstance(sharpness, SAM) and sharpness.joint_norm:
-            first = moved[0][0].device
-            total = torch.stack([sq.to(first) for _, _, sq, _ in moved]).sum()
-            moved = [(b, row, total.to(b.device), rho) for b, row, _, rho in moved]
-        for block, row, sq, rho in moved:
-            block.perturb(row, sq, rho, adaptive=sharpness.adaptive, eta=eta)
-
-    def _away(self, passes: Passes, roles: Roles, run: Callable[[], None]) -> None:
-        """Runs what moves the parameters; they, buffers and generators are put back, should it fail."""
-        # Only the plain gradients are known yet, so that a failure up to here has changed nothing.
-        self._clean.save()
-        for block in roles.blocks:
-            block.save()
-        watching = self.options.model is None and not self._watched
-        try:
-            with watch_for_running_statistics(watching):
-                run()
-        finally:
-            _all(*(block.restore for block in roles.blocks), self._clean.restore, passes.end)
-        self._watched = True
-
-    def _perturbed_passes(
-        self,
-        passes: Passes,
-        roles: Roles,
-        present: set[int],
-        perturb: Callable[[int], None],
-        scale: Tensor | None,
-    ) -> tuple[list[Tensor | None], dict[int, list[Tensor]]]:
-        """Task by task: perturbed, forward, backward into the ``sam`` rows.
-
-        Returns:
-            The losses there, and the squared norms of the rows of each task.
-        """
-        after: list[Tensor | None] = [None] * len(roles.tasks)
-        norms: dict[int, list[Tensor]] = {}
-
-        def run() -> None:
-            for task in range(len(roles.tasks)):
-                if task not in present:
-                    if roles.shared is not None:
-                        roles.shared.sam[task].zero_()
-                    continue
-                perturb(task)
-                for losses, position in passes.again(roles.tasks, task):
-                    norms[task] = capture_perturbed(
-                        losses, task, position, roles, scale, accumulate=task in norms
-                    )
-                    one, before = losses.detached[position], after[task]
-                    after[task] = one if before is None or one is None else before + one
-                    losses.outputs.clear()
-                if task in roles.own:
-                    roles.own[task].restore()
-
-        self._away(passes, roles, run)
-        return after, norms
-
-    @staticmethod
-    def _with_perturbed(finite: Tensor, norms: dict[int, list[Tensor]]) -> Tensor:
-        finite = finite.clone()
-        for task, squares in norms.items():
-            for sq in squares:
-                finite[task] &= sq.to(finite.device).isfinite()
-        return finite
-
     # ------------------------------------------------------------ what becomes of it
 
-    def _keep_weights(self, found: Found) -> None:
+    def keep_weights(self, found: Found) -> None:
         """For the steps until the next solve; a step that is going to be skipped leaves the old ones."""
         if self.options.weights_every == 1:
             return
-        new = {"loss": found.weights} if found.flat is None else {
-            "loss": found.weights, "flat": found.flat,
-        }  # fmt: skip
-        for name, weights in new.items():
-            old = self._weights.get(name)
+        for name, weights in (("loss", found.weights), ("flat", found.flat)):
+            if weights is None:
+                continue
+            old = self.weights.get(name)
             if self.ok is not None and old is not None:
                 weights = torch.where(self.ok, weights, old)
             # in place where possible: a captured CUDA graph goes on writing to it
             if old is None:
-                self._weights[name] = weights.clone()
+                self.weights[name] = weights.clone()
             else:
                 old.copy_(weights)
 
-    def _add_flat(self, block: Any) -> None:  # noqa: ANN401
+    def add_flat(self, block: Block) -> None:
+        """Adds the flat part of the last sharp step, where steps in between reuse it."""
         sharpness = self.options.sharpness
         if isinstance(sharpness, SAM) and sharpness.every > 1 and block.has_flat:
             block.update.add_(block.kept)
 
-    def _mask_shared(self, roles: Roles, finite: Tensor) -> None:
+    def mask_shared(self, roles: Roles, finite: Tensor) -> None:
         """Without a gradient of each task's own, one that is not finite takes the whole row with it."""
         assert roles.shared is not None
         if self.ok is None:
             roles.shared.update.masked_fill_(~finite.all().to(roles.shared.device), 0)
 
-    def _write_grads(self, roles: Roles, reached: set[int], own: set[int], finite: Tensor) -> None:
+    def write_grads(self, roles: Roles, reached: set[int], own: set[int], finite: Tensor) -> None:
         """.grad of every reached parameter <- a view of its block's update; of the others <- None.
 
         Where the step is to be skipped, the gradients become infinite, as GradScaler expects.
@@ -672,7 +334,9 @@ class Engine:
             if id(param) not in ids:
                 param.grad = None
         self._written = []
-        blocks = [] if roles.shared is None else [(roles.shared, roles.shared_index, None)]
+        blocks: list[tuple[Block, list[int], int | None]] = []
+        if roles.shared is not None:
+            blocks.append((roles.shared, roles.shared_index, None))
         blocks += [(roles.own[t], roles.own_index[t], t) for t in roles.own]
         for block, index, task in blocks:
             if task is not None and task not in own:
@@ -688,7 +352,7 @@ class Engine:
                     roles.params[k].grad = view
                     self._written.append((roles.params[k], view))
 
-    def _record(
+    def record(
         self,
         roles: Roles,
         found: Found | None,
@@ -696,15 +360,25 @@ class Engine:
         scale: Tensor | None,
         after: Sequence[Tensor | None] | None = None,
     ) -> None:
-        """Diagnostics: the history, and warnings of a radius that is too large."""
-        watching = after is not None and len(self._warned) < 2
+        """Diagnostics: the history, and warnings of a radius that is too large.
+
+        Args:
+            roles: the roles.
+            found: the aggregation; None if nothing is shared.
+            squares: float64 [T], squared norms of the shared rows; None if there are none for each task.
+            scale: of the gradients.
+            after: the losses at the perturbed parameters.
+        """
+        if roles.shared is None:
+            squares = None
+        watching = after is not None and self._radius.watching
         if not self.options.history and not watching:
             return
         device = roles.params[0].device
         clean = _vector(self._losses, device)
         rise = None if after is None else _vector(after, device) - clean
         if watching and rise is not None:
-            self._watch_radius(clean, rise, squares)
+            self._radius.look(clean, rise, squares)
         if not self.options.history:
             return
         if self.history is None:
@@ -715,40 +389,23 @@ class Engine:
         fresh = squares is not None
         status = self.solves.statuses.get("loss") if fresh else None
         flat_status = self.solves.statuses.get("flat") if fresh else None
+        missing = clean.isnan()
+
+        def shown(values: Tensor | None) -> Tensor | None:
+            # a task that is missing has no weight of 0 and no gradient of length 0: it has none
+            return None if values is None else torch.where(missing, torch.nan, values.to(device))
+
         self.history.record(
             losses=clean,
-            weights=None if found is None else found.weights,
-            flat_weights=None if found is None else found.flat,
-            norms=norms,
+            weights=None if found is None else shown(found.weights),
+            flat_weights=None if found is None else shown(found.flat),
+            norms=shown(norms),
             gram=None if found is None else found.gram,
             sharpness=rise,
             status=None if status is None else status.bits,
             flat_status=None if flat_status is None else flat_status.bits,
             residual=None if status is None else status.residual,
         )
-
-    def _watch_radius(self, clean: Tensor, rise: Tensor, squares: Tensor | None) -> None:
-        """Posts a warning if the perturbed losses explode or no task has a gradient any more."""
-        if self._first_losses is None or self._first_losses.shape != clean.shape:
-            self._first_losses = clean.clone()
-        usual = torch.maximum(clean.abs(), self._first_losses.abs())
-        exploded = clean.isfinite() & ~(rise <= EXPLODES * usual)
-        gone = torch.zeros_like(exploded[0])
-        if squares is not None:
-            gone = (squares == 0).all().to(gone.device)
-        self._watch.post(torch.stack([exploded.any(), gone]), self._warn_of_radius)
-
-    def _warn_of_radius(self, flags: list[bool]) -> None:
-        texts = {
-            "exploded": "the losses at the perturbed parameters are more than "
-            f"{EXPLODES:g} times the clean ones: rho is too large here (try a half, or SAM(warmup=...))",
-            "gone": "every task's gradient in the shared parameters is zero: the network may have "
-            "collapsed, which a too large rho does (try a half, or SAM(warmup=...))",
-        }
-        for (name, text), flag in zip(texts.items(), flags, strict=True):
-            if flag and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(text, stacklevel=2)
 
     # ------------------------------------------------------------ state
 
@@ -757,65 +414,29 @@ class Engine:
         if self._loaded is not None:
             return self._loaded
         state: dict[str, Any] = {"steps": self.steps}
-        roles = self.roles
-        if roles is not None:
-            position = {id(p): k for k, p in enumerate(self._params())}
-            state["tasks"] = list(roles.tasks)
-            state["reach"] = {
-                position[id(p)]: tasks
-                for p, tasks in zip(roles.params, roles.reach(), strict=True)
-                if id(p) in position
-            }
-            flats: dict[int, Tensor] = {}
-            for block in roles.blocks:
-                if block.has_flat:
-                    for param, view in zip(block.params, block.views(block.kept), strict=True):
-                        flats[position[id(param)]] = view.clone()
-            state["flat"] = flats
-        state["weights"] = {name: w.clone() for name, w in self._weights.items()}
-        if self._directions is not None:
-            state["directions"] = self._directions.state_dict()
+        if self.roles is not None:
+            state.update(save_roles(self.roles, self._params()))
+            state["weights"] = {name: w.clone() for name, w in self.weights.items()}
+        if self.directions is not None:
+            state["directions"] = self.directions.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved state at the next step; {} starts anew."""
+        """Takes up a saved state, the roles at the next step; {} starts anew."""
         self.drop()
         self.roles = None
         self.steps = int(state.get("steps", 0))
-        self._weights = {}
+        self.weights = {}
         self._loaded = state if "tasks" in state else None
-        if self._directions is not None and "directions" in state:
-            self._directions.load_state_dict(state["directions"])
+        if self.directions is not None and "directions" in state:
+            self.directions.load_state_dict(state["directions"])
 
     def _take_loaded(self) -> None:
         state, self._loaded = self._loaded, None
         assert state is not None
-        params = self._params()
-        trainable = self._trainable()
-        position = {id(p): k for k, p in enumerate(params)}
-        roles = Roles(trainable, state["tasks"], self._named, self._label, self._layout)
-        roles.take_reach([state["reach"].get(position[id(p)], []) for p in trainable])
-        device = trainable[0].device
-        self._weights = {name: w.to(device).clone() for name, w in state["weights"].items()}
-        flats = state["flat"]
-        for block in roles.blocks:
-            kept = [flats.get(position[id(p)]) for p in block.params]
-            if all(one is not None for one in kept):
-                block.pack(block.kept, [f.to(p) for f, p in zip(kept, block.params, strict=True)])
-                block.has_flat = True
-        self.roles = roles
-
-
-def _mean(roles: Roles) -> Tensor | None:
-    """[P], where the mean gradient of the shared parameters goes."""
-    return None if roles.shared is None else roles.shared.mean
-
-
-def _added(total: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Task by task; None where neither has a value."""
-    if not total:
-        return list(more)
-    return [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
+        device = self._trainable()[0].device
+        self.roles = load_roles(state, self._params(), self._make_roles)
+        self.weights = {name: w.to(device).clone() for name, w in state["weights"].items()}
 
 
 def _vector(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -824,15 +445,3 @@ def _vector(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
     return torch.stack(
         [missing if one is None else one.detach().to(device).double() for one in losses]
     )
-
-
-def _all(*restore: Callable[[], None]) -> None:
-    """Calls every one, should one fail; then raises the first failure."""
-    failures: list[BaseException] = []
-    for one in restore:
-        try:
-            one()
-        except BaseException as failure:
-            failures.append(failure)
-    if failures:
-        raise failures[0]

@@ -62,3 +62,15 @@ def reached(
         mask = walk(node) if node is not None else bit.get(id(leaf), 0)
         found.append({k for k in range(len(params)) if mask >> k & 1})
     return found
+
+
+def leading_to(outputs: Sequence[Output], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those of ``tensors`` that some output depends on."""
+    seen: set[Node] = set()
+    waiting = [node for node, _ in map(_origin, outputs) if node is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(n for n, _ in node.next_functions if n is not None)
+    return [t for t in tensors if t.grad_fn in seen]

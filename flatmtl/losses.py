@@ -173,6 +173,15 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
+def added_entries(
+    total: Sequence[Tensor | None], more: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Two micro-batches' losses added task by task (None: missing); ``more`` if there was none before."""
+    if not total:
+        return list(more)
+    return [_sum(a, b) for a, b in zip(total, more, strict=True)]
+
+
 def added(total: Losses | None, more: Losses) -> Losses:
     """The losses of two micro-batches added task by task, in the form of the first."""
     if total is None:
@@ -183,5 +192,5 @@ def added(total: Losses | None, more: Losses) -> Losses:
         return {name: _sum(loss, more[name]) for name, loss in total.items()}
     entries = list(more.values()) if isinstance(more, Mapping) else list(more)
     kept = list(total.values()) if isinstance(total, Mapping) else list(total)
-    sums = [_sum(a, b) for a, b in zip(kept, entries, strict=True)]
+    sums = added_entries(kept, entries)
     return tuple(sums) if isinstance(total, tuple) else sums

@@ -130,6 +130,10 @@ class MultiTaskOptimizer(Optimizer):
                 "jacobian must not be Representation with sharpness, which needs every task's gradient "
                 "in the trunk itself"
             )
+        if shared is not None and isinstance(how, Representation):
+            raise ValueError(
+                "shared must not be given with Representation: what stands before its module is shared"
+            )
         if check_whole("weights_every", weights_every, 1) > 1 and (
             isinstance(sharpness, SAMO)
             or (isinstance(sharpness, SAM) and sharpness.aggregate in ("second", "each"))
@@ -369,7 +373,7 @@ class MultiTaskOptimizer(Optimizer):
         if made:
             self._engine.stepped()
         else:
-            self._engine.drop()
+            self._engine.skipped()
         return losses
 
     def backward(

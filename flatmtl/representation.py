@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from flatmtl import graph
 from flatmtl.block import Block
+from flatmtl.losses import Output
 
 
 class Representation:
@@ -44,14 +46,15 @@ class Representation:
         self.module.register_forward_hook(recorder)
         return recorder
 
-    def take(self) -> list[Tensor]:
-        """The module's outputs since the last call.
+    def take(self, losses: Sequence[Output]) -> list[Tensor]:
+        """The module's outputs since the last call that these losses depend on.
 
         Raises:
             RuntimeError: there are none.
         """
         recorder = self._recorder()
         outputs, recorder.outputs = recorder.outputs, []
+        outputs = graph.leading_to(losses, outputs)
         if not outputs:
             raise RuntimeError(
                 "jacobian's module must run in the forward pass, with gradients, and has not: "

@@ -148,6 +148,10 @@ class Roles:
             self._seen.update(tasks)
         self._new = {}
 
+    def name_shared(self, positions: Iterable[int]) -> None:
+        """These parameters are shared, whoever reaches them; those not named so belong to one task."""
+        self._named = (self._named or set()) | {id(self.params[k]) for k in positions}
+
     def reach(self) -> list[list[int]]:
         """The tasks that have reached each parameter, for a checkpoint."""
         return [sorted(tasks) for tasks in self._reach]

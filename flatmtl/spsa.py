@@ -22,6 +22,7 @@ class Directions:
         self._model = model
         self._generator: torch.Generator | None = None
         self._loaded: Tensor | None = None  # a state that waits for its device
+        self._before: Tensor | None = None
 
     def _stream(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
@@ -30,6 +31,18 @@ class Directions:
                 self._generator.set_state(self._loaded)
                 self._loaded = None
         return self._generator
+
+    def begin(self) -> None:
+        """Remembers the stream's position, for ``rewind``."""
+        self._before = self.state_dict()["generator"]
+
+    def rewind(self) -> None:
+        """Back to ``begin``: the step is not made."""
+        if self._generator is not None:
+            if self._before is None:
+                self._generator.manual_seed(self._options.seed)
+            else:
+                self._generator.set_state(self._before)
 
     def state_dict(self) -> dict[str, Any]:
         """The random stream's position."""

@@ -213,6 +213,21 @@ def test_any_memory_layout(rng):
     assert_steps(history.arrays(), range(1), [step])
 
 
+@pytest.mark.parametrize("mode", ["inference", "deterministic"])
+def test_in_the_modes_of_torch(mode, rng):
+    history, given = History(2, ["a", "b"]), [a_step(rng, 2) for _ in range(3)]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(mode == "deterministic")
+    try:
+        with torch.inference_mode(mode == "inference"):
+            history.record(**given[0])
+            history.record(**{name: value * 1 for name, value in given[1].items()})
+        history.record(**given[2])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert_steps(history.arrays(), range(1, 3), given)
+
+
 def test_nothing_given_is_kept_or_handed_out(rng):
     history, step = History(2, ["a", "b"]), a_step(rng, 2)
     history.record(**step)

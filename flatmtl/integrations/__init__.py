@@ -1,5 +1,5 @@
-"""flatmtl inside other people's training loops.
+"""flatmtl in other frameworks; each module needs its own and is imported by name.
 
-``lightning``: a mixin for ``LightningModule``. ``accelerate``: ``accelerator.backward`` for task losses. Neither is
-imported by flatmtl itself, and neither package is a requirement of it.
+``lightning``: a mixin for ``LightningModule``. ``accelerate``: what takes the place of ``accelerator.backward``.
+``tensorboard``: writes the history of steps.
 """

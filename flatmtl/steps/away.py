@@ -1,0 +1,147 @@
+"""Passes away from the parameters: perturb, run, and put everything back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flatmtl.block import Block
+from flatmtl.buffers import watch_for_running_statistics
+from flatmtl.jacobian import capture_perturbed
+from flatmtl.passes import Passes
+from flatmtl.roles import Roles
+from flatmtl.sharpness import SAM, Radii
+
+if TYPE_CHECKING:
+    from flatmtl.engine import Engine
+
+
+def perturb(
+    engine: Engine,
+    roles: Roles,
+    shared: Tensor | None,
+    shared_sq: Tensor,
+    own: Sequence[tuple[int, Tensor]],
+    radii: Radii,
+) -> None:
+    """Moves the shared parameters along a row [P], and own ones along their gradients.
+
+    Args:
+        engine: the engine.
+        roles: the roles.
+        shared: the row; None if nothing is shared.
+        shared_sq: its squared norm.
+        own: tasks, and the squared norms of their own gradients.
+        radii: the radii.
+    """
+    sharpness = engine.options.sharpness
+    assert sharpness is not None
+    eta = sharpness.eta if isinstance(sharpness, SAM) else 0.0
+    moved = []
+    if roles.shared is not None and shared is not None:
+        rho = [radii.shared[id(p)] for p in roles.shared.params]
+        moved.append((roles.shared, shared, shared_sq, rho))
+    for task, sq in own:
+        block = roles.own[task]
+        moved.append((block, block.jac[0], sq, [radii.own[id(p)] for p in block.params]))
+    if sharpness.adaptive:
+        moved = [(b, row, b.adaptive_sq_norm(row, eta), rho) for b, row, _, rho in moved]
+    if isinstance(sharpness, SAM) and sharpness.joint_norm:
+        first = moved[0][0].device
+        total = torch.stack([sq.to(first) for _, _, sq, _ in moved]).sum()
+        moved = [(b, row, total.to(b.device), rho) for b, row, _, rho in moved]
+    for block, row, sq, rho in moved:
+        block.perturb(row, sq, rho, adaptive=sharpness.adaptive, eta=eta)
+
+
+def away(engine: Engine, passes: Passes, roles: Roles, run: Callable[[], None]) -> None:
+    """Runs what moves the parameters; they, buffers and generators are put back, should it fail."""
+    # Only the plain gradients are known yet, so that a failure up to here has changed nothing.
+    engine.clean_buffers.save()
+    for block in roles.blocks:
+        block.save()
+    watching = engine.options.model is None and not engine.watched
+    try:
+        with watch_for_running_statistics(watching):
+            run()
+    finally:
+        _restore(
+            *(block.restore for block in roles.blocks), engine.clean_buffers.restore, passes.end
+        )
+    engine.watched = True
+
+
+def perturbed_passes(
+    engine: Engine,
+    passes: Passes,
+    roles: Roles,
+    present: set[int],
+    move: Callable[[int], None],
+    scale: Tensor | None,
+) -> tuple[list[Tensor | None], dict[int, list[Tensor]]]:
+    """Task by task: perturbed, forward, backward into the ``sam`` rows.
+
+    Args:
+        engine: the engine.
+        passes: the forward passes.
+        roles: the roles.
+        present: the tasks that have a loss.
+        move: perturbs the parameters for a task.
+        scale: loss scale.
+
+    Returns:
+        The losses there, and the squared norms of the rows of each task.
+    """
+    after: list[Tensor | None] = [None] * len(roles.tasks)
+    norms: dict[int, list[Tensor]] = {}
+
+    def run() -> None:
+        for task in range(len(roles.tasks)):
+            if task not in present:
+                if roles.shared is not None:
+                    roles.shared.sam[task].zero_()
+                continue
+            move(task)
+            for losses, position in passes.again(roles.tasks, task):
+                norms[task] = capture_perturbed(
+                    losses, task, position, roles, scale, accumulate=task in norms
+                )
+                one, before = losses.detached[position], after[task]
+                after[task] = one if before is None or one is None else before + one
+                losses.outputs.clear()
+            if task in roles.own:
+                roles.own[task].restore()
+
+    away(engine, passes, roles, run)
+    return after, norms
+
+
+def keep_own_flat(block: Block, sharp: Tensor, finite: Tensor) -> None:
+    """``block.kept`` <- ``sharp`` [P] - its plain gradient, for the steps until the next sharp one."""
+    torch.sub(sharp, block.jac[0], out=block.kept)
+    block.kept.masked_fill_(~finite.to(block.device), 0)
+    block.has_flat = True
+
+
+def with_perturbed(finite: Tensor, norms: dict[int, list[Tensor]]) -> Tensor:
+    """bool [T]: ``finite``, and so are the squared norms of the task's perturbed rows."""
+    finite = finite.clone()
+    for task, squares in norms.items():
+        for sq in squares:
+            finite[task] &= sq.to(finite.device).isfinite()
+    return finite
+
+
+def _restore(*restore: Callable[[], None]) -> None:
+    """Calls every one, should one fail; then raises the first failure."""
+    failures: list[BaseException] = []
+    for one in restore:
+        try:
+            one()
+        except BaseException as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]

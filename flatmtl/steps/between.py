@@ -1,0 +1,103 @@
+"""Steps between two solves: one backward pass of the loss weighted as at the last of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flatmtl.families import Found
+from flatmtl.losses import added_entries
+from flatmtl.passes import Passes
+from flatmtl.representation import Representation
+from flatmtl.sharpness import SAM, Radii
+from flatmtl.steps.away import away, keep_own_flat, perturb
+from flatmtl.weighted import WeightedBackward
+
+if TYPE_CHECKING:
+    from flatmtl.engine import Engine
+
+
+def weighted(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
+    """One backward pass with the last weights."""
+    for roles, losses in engine.clean_passes(passes):
+        if not isinstance(engine.capture, WeightedBackward):
+            engine.capture = WeightedBackward(roles, engine.weights["loss"], scale)
+        row = None if roles.shared is None else roles.shared.update
+        engine.capture.add(losses, row, perturbed=False, retain_graph=False, own=True)
+    if isinstance(engine.options.jacobian, Representation):
+        engine.options.jacobian.forget()
+    backward, known = engine.capture, engine.roles
+    assert isinstance(backward, WeightedBackward)
+    assert known is not None
+    roles = known
+    finite = engine.finite_tasks(roles, backward.shared_norm(), backward.own_sq)
+    engine.check_finite(roles, finite, scale)
+    if roles.shared is not None:
+        engine.mask_shared(roles, finite)
+        engine.add_flat(roles.shared)
+    for task in backward.own_sq:
+        block = roles.own[task]
+        backward.own_gradient(task, block.jac[0], block.update)
+        engine.add_flat(block)
+    engine.write_grads(roles, backward.reached, set(backward.own_sq), finite)
+    found = Found(engine.weights["loss"], engine.weights.get("flat"))
+    engine.record(roles, found, None, scale)
+
+
+def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> None:
+    """Between two solves: one perturbation for all tasks (the paper's Eq. 9), the last weights."""
+    sharpness, roles = engine.options.sharpness, engine.roles
+    assert isinstance(sharpness, SAM)
+    assert roles is not None
+    keep = sharpness.every > 1
+    decomposed = sharpness.aggregate == "decomposed"
+    a = engine.weights["loss"]
+    b = engine.weights["flat"] if decomposed else a
+    first, minus = WeightedBackward(roles, a, scale), WeightedBackward(roles, b, scale)
+    shared = roles.shared
+    for _, losses in engine.clean_passes(passes):
+        row = None if shared is None else shared.jac[0]
+        first.add(losses, row, perturbed=False, retain_graph=decomposed, own=True)
+        if decomposed and shared is not None:
+            minus.add(losses, shared.update, perturbed=False, retain_graph=False, own=False)
+    engine.capture = first
+    finite = engine.finite_tasks(roles, first.shared_norm(), first.own_sq)
+    engine.check_finite(roles, finite, scale)
+    own = [
+        (t, first.own_gradient(t, roles.own[t].jac[0], roles.own[t].jac[0])) for t in first.own_sq
+    ]
+    last = WeightedBackward(roles, b, scale)
+    after: list[Tensor | None] = []
+
+    def perturbed() -> None:
+        nonlocal after
+        row = None if shared is None else shared.jac[0]
+        perturb(engine, roles, row, first.shared_norm(), own, radii)
+        for losses, _ in passes.again(roles.tasks, None):
+            target = None if shared is None else shared.sam[0]
+            last.add(losses, target, perturbed=True, retain_graph=False, own=True)
+            after = added_entries(after, losses.detached)
+            losses.outputs.clear()
+
+    away(engine, passes, roles, perturbed)
+    finite = finite & engine.finite_tasks(roles, last.shared_norm(), last.own_sq)
+    engine.check_finite(roles, finite, scale)
+    if shared is not None:
+        if decomposed:  # (a - b) g + b s
+            torch.sub(shared.sam[0], shared.update, out=shared.update)
+            if keep:
+                shared.kept.copy_(shared.update)
+                shared.has_flat = True
+            shared.update.add_(shared.jac[0])
+        else:
+            shared.update.copy_(shared.sam[0])
+        engine.mask_shared(roles, finite)
+    for task in last.own_sq:
+        block = roles.own[task]
+        last.own_gradient(task, block.sam[0], block.update)
+        if keep:
+            keep_own_flat(block, block.update, finite[task])
+    engine.write_grads(roles, first.reached, set(last.own_sq), finite)
+    engine.record(roles, Found(a, b if decomposed else None), None, scale, after)

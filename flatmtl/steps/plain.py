@@ -1,0 +1,30 @@
+"""The plain step: T backward passes, one aggregation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from flatmtl.passes import Passes
+
+if TYPE_CHECKING:
+    from flatmtl.engine import Engine
+
+
+def plain(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
+    """Every task's gradient, and their aggregate."""
+    roles, captured = engine.captured(passes, scale)
+    finite = engine.finite_tasks(roles, captured.shared_sq, captured.own_sq)
+    engine.check_finite(roles, finite, scale)
+    found = None
+    if roles.shared is not None:
+        found = engine.families(scale).plain(roles.shared, captured.shared_sq, finite)
+        engine.keep_weights(found)
+        engine.add_flat(roles.shared)
+    own = {t: roles.own[t].jac[0] for t in captured.own_sq}
+    for task, row in own.items():
+        roles.own[task].update.copy_(row)
+        engine.add_flat(roles.own[task])
+    engine.write_grads(roles, captured.reached, set(own), finite)
+    engine.record(roles, found, captured.shared_sq, scale)

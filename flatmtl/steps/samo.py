@@ -1,0 +1,77 @@
+"""SAMO: one mean gradient, zeroth-order directions a task, one aggregation at the perturbed parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flatmtl import graph
+from flatmtl.passes import Passes
+from flatmtl.roles import Roles
+from flatmtl.sharpness import Radii
+from flatmtl.steps.away import perturb, perturbed_passes, with_perturbed
+from flatmtl.weighted import WeightedBackward
+
+if TYPE_CHECKING:
+    from flatmtl.engine import Engine
+
+
+def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> None:
+    """One clean backward pass of all losses; every task bent, perturbed and taken again."""
+    assert engine.directions is not None
+    directions = engine.directions
+    for roles, losses in engine.clean_passes(passes):
+        outputs = [losses.output(task) for task in losses.present]
+        fresh = False
+        for task, hits in zip(losses.present, graph.reached(outputs, roles.params), strict=True):
+            for k in sorted(hits):
+                fresh = roles.note_reach(task, k) or fresh
+        roles.end_pass(losses.present, keep=True)
+        if not isinstance(engine.capture, WeightedBackward):
+            device = roles.params[0].device
+            ones = torch.ones(len(roles.tasks), dtype=torch.float64, device=device)
+            engine.capture = WeightedBackward(roles, ones, scale)
+        if fresh or not roles.settled:
+            earlier = engine.capture.unpack(_mean(roles))
+            roles.settle()
+            engine.capture.repack(earlier, _mean(roles))
+        engine.capture.add(losses, _mean(roles), perturbed=False, retain_graph=False, own=True)
+        engine.roles = roles
+    mean = engine.capture
+    assert isinstance(mean, WeightedBackward)
+    assert engine.roles is not None
+    roles = engine.roles
+    finite = engine.finite_tasks(roles, mean.shared_norm(), mean.own_sq)
+    engine.check_finite(roles, finite, scale)
+
+    def move(task: int) -> None:
+        row, sq = None, mean.shared_norm()
+        if roles.shared is not None:
+            row = roles.shared.sam[task]
+            sq = directions.bend(roles.shared, task, passes, roles.tasks)
+        own = [(task, mean.own_sq[task])] if task in mean.own_sq else []
+        perturb(engine, roles, row, sq, own, radii)
+
+    after, norms = perturbed_passes(engine, passes, roles, mean.present, move, scale)
+    finite = with_perturbed(finite, norms)
+    engine.check_finite(roles, finite, scale)
+    found = None
+    if roles.shared is not None:
+        found = engine.families(scale).direct(roles.shared, finite)
+    for task in mean.own_sq:
+        roles.own[task].update.copy_(roles.own[task].sam[0])
+    engine.write_grads(roles, mean.reached, set(mean.own_sq), finite)
+    engine.record(roles, found, _row_squares(roles, norms), scale, after)
+
+
+def _row_squares(roles: Roles, norms: dict[int, list[Tensor]]) -> Tensor:
+    """float64 [T], squared norms of the perturbed shared rows."""
+    zero = torch.zeros((), dtype=torch.float64, device=roles.params[0].device)
+    return torch.stack([norms[t][0] if t in norms else zero for t in range(len(roles.tasks))])
+
+
+def _mean(roles: Roles) -> Tensor | None:
+    """[P], where the mean gradient of the shared parameters goes."""
+    return None if roles.shared is None else roles.shared.mean

@@ -1,0 +1,52 @@
+"""FS-MTL: every task's gradient again at its own perturbed parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from flatmtl.passes import Passes
+from flatmtl.sharpness import SAM, Radii
+from flatmtl.steps.away import keep_own_flat, perturb, perturbed_passes, with_perturbed
+
+if TYPE_CHECKING:
+    from flatmtl.engine import Engine
+
+
+def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> None:
+    """Every task perturbed by itself; both families of gradients aggregated."""
+    sharpness = engine.options.sharpness
+    assert isinstance(sharpness, SAM)
+    roles, captured = engine.captured(passes, scale)
+    finite = engine.finite_tasks(roles, captured.shared_sq, captured.own_sq)
+    engine.check_finite(roles, finite, scale)
+
+    def move(task: int) -> None:
+        own = [(task, captured.own_sq[task])] if task in captured.own_sq else []
+        shared = None if roles.shared is None else roles.shared.jac[task]
+        perturb(engine, roles, shared, captured.shared_sq[task], own, radii)
+
+    after, norms = perturbed_passes(engine, passes, roles, captured.present, move, scale)
+    finite = with_perturbed(finite, norms)
+    engine.check_finite(roles, finite, scale)
+    found = None
+    if roles.shared is not None:
+        families, block = engine.families(scale), roles.shared
+        if sharpness.aggregate == "decomposed":
+            keep = sharpness.every > 1
+            found = families.decomposed(block, captured.shared_sq, finite, keep=keep)
+        elif sharpness.aggregate == "direct":
+            found = families.direct(block, finite)
+        elif sharpness.aggregate == "second":
+            found = families.second(block, finite)
+        else:
+            found = families.each(block, finite)
+        engine.keep_weights(found)
+    for task in captured.own_sq:
+        block = roles.own[task]
+        block.update.copy_(block.sam[0])
+        if sharpness.every > 1:
+            keep_own_flat(block, block.update, finite[task])
+    engine.write_grads(roles, captured.reached, set(captured.own_sq), finite)
+    engine.record(roles, found, captured.shared_sq, scale, after)
