@@ -1,4 +1,4 @@
-"""The whole of a training loop around FS-MTL, in seconds on a CPU: batches, validation, schedule, warm-up, checkpoint.
+"""A whole training loop around FS-MTL, in seconds on a CPU: validation, schedule, warm-up, checkpoint.
 
 python examples/plain_loop.py [plain]
 """
@@ -82,7 +82,9 @@ def main(epochs=20, flat=True):
     for task, first, last in zip(TASKS, before, after, strict=True):
         print(f"{task}: {first:.4f} -> {last:.4f}")
     conflict = optimizer.history.arrays()["conflict"]
-    print(f"{epochs * len(train)} steps; conflicting gradients in {100 * conflict.mean():.0f} % of the last")
+    print(
+        f"{epochs * len(train)} steps; conflicting gradients in {100 * conflict.mean():.0f} % of the last"
+    )
     return before, after
 
 

@@ -38,8 +38,8 @@ class MultiTaskMixin:
     forward pass within the precision's own context; with ``"16-mixed"`` its scaler is used. Optimizer
     steps are counted in ``trainer.global_step`` (those that the scaler skips too, as ever in Lightning).
 
-    Learning rate schedulers must be attached to the ``MultiTaskOptimizer`` (Lightning checks it). They are stepped
-    as configured: ``"interval": "step"`` (of the optimizer) or ``"epoch"``, with ``"frequency"``.
+    Learning rate schedulers must be attached to the ``MultiTaskOptimizer`` (Lightning checks it). They are
+    stepped as configured: ``"interval": "step"`` (of the optimizer) or ``"epoch"``, with ``"frequency"``.
     ``ReduceLROnPlateau`` is left to you, as Lightning removes its ``"monitor"``: step it in
     ``on_validation_epoch_end``.
 
@@ -160,21 +160,23 @@ class MultiTaskMixin:
         return by_task
 
     def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        """Lightning's closure computes nothing here, it calls on_before_optimizer_step: run it, then clip."""
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Lightning's closure computes nothing, it calls on_before_optimizer_step: run it, then clip."""
         closure = kwargs.pop("closure", None)
         if closure is not None:
             closure()
         if self.gradient_clip_val is not None:
-            clip = {
-                "norm": torch.nn.utils.clip_grad_norm_,
-                "value": torch.nn.utils.clip_grad_value_,
-            }[self.gradient_clip_algorithm]
-            clip(
-                [p for group in optimizer.param_groups for p in group["params"]],
-                self.gradient_clip_val,
-            )
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            if self.gradient_clip_algorithm == "norm":
+                torch.nn.utils.clip_grad_norm_(params, self.gradient_clip_val)
+            elif self.gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(params, self.gradient_clip_val)
+            else:
+                raise ValueError(
+                    "gradient_clip_algorithm must be 'norm' or 'value', got "
+                    f"{self.gradient_clip_algorithm!r}"
+                )
         return args, kwargs
 
     def _schedule(self, interval: str, count: int) -> None:
