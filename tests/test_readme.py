@@ -1,8 +1,8 @@
 """What the README and the pages of docs/ show runs as it stands there.
 
 The Python blocks of a page run one after the other in one namespace, as a reader would type them. A
-block that needs an optional package stands behind a line ``<!-- needs: torchjd -->``; it is left out where that
-is not installed, and the page's test says so. Code that is not to run stands in a ``text`` block.
+block that needs an optional package stands behind a line ``<!-- needs: torchjd -->``; it is left out where
+that is not installed, and the page's test says so. Code that is not to run stands in a ``text`` block.
 """
 
 import contextlib
