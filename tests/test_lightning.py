@@ -239,7 +239,7 @@ def cosine(optimizer):
 
 @pytest.mark.parametrize("sharpness", [SAM(0.05, every=3), SAMO(0.01)], ids=["sam", "samo"])
 def test_a_resumed_run_is_the_same_to_the_bit(rng, sharpness, tmp_path):
-    """From the middle of an epoch and from its end; with a stream (PCGrad), moments and a schedule."""
+    """With a stream (PCGrad), moments, a schedule, and a flat part that is used again."""
     module, loader = Module(sharpness, schedule=cosine), data(rng)
     begun, resumed = copy.deepcopy(module), copy.deepcopy(module)
     fit(module, loader, max_epochs=2)
@@ -247,7 +247,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(rng, sharpness, tmp_path):
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     for p in resumed.parameters():
         nn.init.zeros_(p)  # all must come from the file
-    after = fit(resumed, loader, max_epochs=2, ckpt_path=tmp_path / "one.ckpt", )  # fmt: skip
+    after = fit(resumed, loader, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
     assert after.global_step == 8
     assert_same(resumed, module)
     assert not torch.equal(module.trunk[0].weight, begun.trunk[0].weight)
@@ -258,11 +258,37 @@ def test_a_resumed_run_is_the_same_to_the_bit(rng, sharpness, tmp_path):
             assert torch.equal(value, two["state"][k][name]), name
 
 
+def test_resumed_in_the_middle_of_an_epoch(rng, tmp_path):
+    """Lightning begins the loader anew then, so that all batches are one and the same here."""
+    module = Module(SAM(0.05), schedule=cosine)
+    batch = TensorDataset(*(part.repeat(4, 1) for part in next(iter(data(rng)))))
+    loader = DataLoader(batch, batch_size=8)
+    resumed = copy.deepcopy(module)
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(
+        dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1
+    )
+    fit(module, loader, enable_checkpointing=True, callbacks=[saving])
+    assert (tmp_path / "step=3.ckpt").exists()
+    trainer = fit(resumed, loader, ckpt_path=tmp_path / "step=3.ckpt")
+    assert trainer.global_step == 8
+    assert_same(resumed, module)
+
+
 def test_bf16_autocast_is_for_the_forward_passes_alone(rng):
-    module, loader = Module(SAM(0.05)), data(rng)
+    class Watched(Module):
+        def multitask_losses(self, batch, tasks=TASKS):
+            losses = super().multitask_losses(batch, tasks)
+            for loss in losses.values():
+                loss.register_hook(lambda grad: inside.append(torch.is_autocast_enabled("cpu")))
+            return losses
+
+    inside = []
+    module, loader = Watched(SAM(0.05)), data(rng)
     expected, _ = by_hand(module, loader, dtype=torch.bfloat16)
+    inside.clear()
     fit(module, loader, precision="bf16-mixed")
     assert module.dtypes == {torch.bfloat16}
+    assert inside == [False] * (8 * 4)
     assert_same(module, expected)
 
 
@@ -333,6 +359,12 @@ def test_wrong_use_is_named(rng):
         fit(NoLosses(), data(rng))
     with pytest.raises(Exception, match="manual optimization"):
         fit(Module(), data(rng), gradient_clip_val=1.0)
+    for name, value in [("accumulate_grad_batches", 0), ("gradient_clip_algorithm", "l2")]:
+        module = Module()
+        module.gradient_clip_val = 1.0
+        setattr(module, name, value)
+        with pytest.raises(ValueError, match=f"{name} must be .* got"):
+            fit(module, data(rng))
 
 
 def test_the_other_package_name(rng):

@@ -14,6 +14,7 @@ from torch import Tensor
 from flatmtl.integrations._micro import divide, divided, takes_tasks
 from flatmtl.losses import Losses
 from flatmtl.optimizer import MultiTaskOptimizer
+from flatmtl.sharpness import check_whole
 
 __all__ = ["MultiTaskMixin"]
 
@@ -126,7 +127,7 @@ class MultiTaskMixin:
                 f"configure_optimizers must return one flatmtl.MultiTaskOptimizer, got {got}"
             )
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        by = self.accumulate_grad_batches
+        by = check_whole("accumulate_grad_batches", self.accumulate_grad_batches, 1)
         closures = [divided(self._closure(batch), by) for batch in batches]
         # Lightning runs this step under autocast, which is for forward passes only.
         with torch.autocast(self.device.type, enabled=False):
