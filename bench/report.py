@@ -339,6 +339,130 @@ def step_section(records: list[Record]) -> list[str]:
     return lines + table(head, rows)
 
 
+RIVALS = {"foreach": "plain torch (`_foreach`)", "loops": "research code's loops"}
+
+
+def own_time_section(records: list[Record]) -> list[str]:
+    lines = [
+        "## FS-MTL: a step's own time",
+        "",
+        "Own time: a step without what runs in the closure, in `torch.autograd` and in the base optimizer "
+        "(SGD), all measured in the same step (bench/own_time.py). FS-MTL with PCGrad (sum), 1 + T forward "
+        "and 2T backward passes for everyone. *Plain torch*: preallocated J and S, `_foreach` operators, "
+        "`J @ J.T`, PCGrad on T × T on the host (bench/fs_mtl_torch.py). *Loops*: research code's way, from "
+        "a description: lists of clones, a norm and a dot product a tensor, `.item()`, `.data` swapped "
+        "(bench/fs_mtl_loops.py). That all three make the same step is a test "
+        "(tests/test_bench_fs_mtl.py). " + networks(records),
+        "",
+    ]
+    rows = []
+    for r in records:
+        for name, title in {OURS: "flatmtl", **RIVALS}.items():
+            entry = r[name]
+            ours = name == OURS
+            rows.append(
+                [
+                    r["model"] if ours else "", title, milliseconds(entry["own_s"]),
+                    milliseconds(entry["total_s"]),
+                    f"{math.ceil(1000 * entry['share']) / 10:.1f} %",
+                    milliseconds(entry["forward_s"]), milliseconds(entry["backward_s"]),
+                    milliseconds(entry["update_s"]),
+                    "–" if ours else f"{floor(entry['factor'], 2)}×",
+                ]
+            )  # fmt: skip
+    head = ["", "method", "own ms", "step ms", "own share of the step", "forward ms", "backward ms",
+            "update ms", "own time over flatmtl's"]  # fmt: skip
+    return lines + table(head, rows)
+
+
+def networks(records: list[Record]) -> str:
+    return (
+        "; ".join(
+            f"{r['model']}: {r['tasks']} tasks, {r['columns'] / 1e6:.2f} M shared parameters, "
+            f"batch {r['batch']}"
+            for r in records
+        )
+        + "."
+    )
+
+
+def memory_section(records: list[Record]) -> list[str]:
+    lines = [
+        "## Memory of a step",
+        "",
+        f"{records[0]['model']}, T = {records[0]['tasks']}: every allocation of the first three steps "
+        "(bench/memory.py), in units of the model's parameters. *Own*: the most that the step's own buffers "
+        "and temporaries take at one time; `.grad` are among them. *Kept*: what of these is left after a "
+        "step. *Gradients of the passes*: the most that results of backward passes take outside of those, "
+        "on top; *first step*: the same there.",
+        "",
+    ]
+    rows = []
+    for r in records:
+        for name, title in {OURS: "flatmtl", **RIVALS}.items():
+            steps = r["steps"][name]
+            first, last = steps[0], steps[-1]
+            unit = r["model_bytes"]
+            rows.append(
+                [
+                    "FS-MTL" if r["sharpness"] else "PCGrad", title,
+                    *(
+                        ceiling(value / unit, 2)
+                        for value in (
+                            max(s["own"] for s in steps), last["kept"], last["gradients"],
+                            first["gradients"],
+                        )
+                    ),
+                ]
+            )  # fmt: skip
+    head = ["", "method", "own, at most", "kept", "gradients of the passes", "first step"]
+    return lines + table(head, rows)
+
+
+def ceiling(value: float, digits: int) -> str:
+    """``value`` with so many decimals, rounded up."""
+    scale = 10**digits
+    return f"{math.ceil(value * scale) / scale:.{digits}f}"
+
+
+OWN_SHARE, OWN_FACTORS = 0.03, {"foreach": 3.0, "loops": 10.0}  # on resnet18
+
+
+def required_of_steps(records: list[Record]) -> list[list[str]]:
+    """Own time and memory."""
+    rows = []
+    record = next(
+        (r for r in records if r["kind"] == "own time" and r["model"] == "resnet18"), None
+    )
+    if record is not None:
+        value = record[OURS]["share"]
+        rows.append(
+            [
+                "FS-MTL, ResNet-18, T = 3: flatmtl's own share of the step", f"≤ {OWN_SHARE:.0%}",
+                ceiling(100 * value, 2) + " %", "yes" if value <= OWN_SHARE else "**no**",
+            ]
+        )  # fmt: skip
+        for name, least in OWN_FACTORS.items():
+            factor_ = record[name]["factor"]
+            rows.append(
+                [
+                    f"the same step: own time smaller than that of {RIVALS[name]}",
+                    f"≥ {least:.0f}×", floor(factor_, 2) + "×", verdict(factor_, least),
+                ]
+            )  # fmt: skip
+    for r in (r for r in records if r["kind"] == "memory"):
+        limit = 2 * r["tasks"] + 2 if r["sharpness"] else r["tasks"] + 1
+        most = max(s["own"] for s in r["steps"][OURS]) / r["model_bytes"]
+        name = "FS-MTL" if r["sharpness"] else "PCGrad"
+        rows.append(
+            [
+                f"{name}, {r['model']}, T = {r['tasks']}: own memory, in models",
+                f"≤ {limit}", ceiling(most, 2), "yes" if most <= limit else "**no**",
+            ]
+        )  # fmt: skip
+    return rows
+
+
 def required_section(records: list[Record]) -> list[str]:
     def find(kind: str, name: str, tasks: int, columns: int) -> Record | None:
         wanted = {"kind": kind, "name": name, "tasks": tasks, "columns": columns}
@@ -381,7 +505,10 @@ def required_section(records: list[Record]) -> list[str]:
     return [
         "## Required against measured",
         "",
-        *table(["", "required", "measured", "reached"], [*rows, *required_of_solvers(records)]),
+        *table(
+            ["", "required", "measured", "reached"],
+            [*rows, *required_of_solvers(records), *required_of_steps(records)],
+        ),
     ]
 
 
@@ -469,6 +596,7 @@ def report(data: Record) -> str:
         "pipeline": pipeline_section,
         "solver": solver_section, "small gradients": small_gradients_section,
         "small op": small_section, "step": step_section,
+        "own time": own_time_section, "memory": memory_section,
     }  # fmt: skip
     lines = header(data)
     for kind, section in sections.items():

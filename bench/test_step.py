@@ -12,50 +12,9 @@ from torch import Tensor, nn
 import flatmtl
 from bench import peers
 from bench.contests import Call, Contest
+from bench.networks import Network, mlp, resnet
 
 LR = 1e-4
-
-
-class Network(nn.Module):
-    """A trunk and a linear head a task."""
-
-    def __init__(self, trunk: nn.Module, features: int, tasks: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.heads = nn.ModuleList(nn.Linear(features, 10) for _ in range(tasks))
-
-
-class Residual(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a shortcut."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.body(x))
-
-
-def mlp() -> tuple[Network, Tensor, Tensor]:
-    """A trunk of 1.05 M parameters, 8 tasks, batch 64."""
-    trunk = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU())
-    return Network(trunk, 512, 8), torch.randn(64, 512), torch.randint(10, (8, 64))
-
-
-def resnet() -> tuple[Network, Tensor, Tensor]:
-    """A trunk of 0.16 M parameters with BatchNorm, 3 tasks, batch 32 of 3 x 32 x 32."""
-    trunk = nn.Sequential(
-        nn.Conv2d(3, 32, 3, stride=2, padding=1), Residual(32),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1), Residual(64),
-        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU(),
-    )  # fmt: skip
-    return Network(trunk, 64, 3), torch.randn(32, 3, 32, 32), torch.randint(10, (3, 32))
 
 
 class Training:
@@ -67,11 +26,7 @@ class Training:
         self.base = torch.optim.SGD(self.params, lr=LR)
 
     def losses(self, tasks: Sequence[int] | None = None) -> list[Tensor]:
-        features = self.network.trunk(self.x)
-        return [
-            nn.functional.cross_entropy(self.network.heads[i](features), self.y[i])
-            for i in (range(len(self.y)) if tasks is None else tasks)
-        ]
+        return self.network.losses(self.x, self.y, tasks)
 
     def gradients(self, loss: Tensor, *, retain: bool) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(loss, self.params, retain_graph=retain, allow_unused=True)

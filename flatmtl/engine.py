@@ -24,6 +24,7 @@ from flatmtl.roles import Layout, Roles
 from flatmtl.sharpness import SAM, SAMO, Radii, Sharpness, exempt_from_scaling
 from flatmtl.solves import Solves
 from flatmtl.spsa import Directions
+from flatmtl.steps.away import added_squares
 from flatmtl.steps.between import weighted, weighted_sharp
 from flatmtl.steps.plain import plain
 from flatmtl.steps.represented import represented
@@ -275,10 +276,7 @@ class Engine:
 
     def finite_tasks(self, roles: Roles, shared_sq: Tensor, own_sq: dict[int, Tensor]) -> Tensor:
         """bool [T], from the squared norms of shared rows [T] or 0-dim, and of own ones."""
-        finite = shared_sq.isfinite().expand(len(roles.tasks)).clone()
-        for task, sq in own_sq.items():
-            finite[task] &= sq.to(finite.device).isfinite()
-        return finite
+        return (shared_sq + added_squares(len(roles.tasks), [own_sq], shared_sq)).isfinite()
 
     def check_finite(self, roles: Roles, finite: Tensor, scale: Tensor | None) -> None:
         """Remembers which tasks' gradients are finite ([T] bool), and acts on it as asked."""
@@ -442,6 +440,5 @@ class Engine:
 def _vector(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """float64 [T] from 0-dim tensors; NaN where a task is missing."""
     missing = torch.full((), torch.nan, dtype=torch.float64, device=device)
-    return torch.stack(
-        [missing if one is None else one.detach().to(device).double() for one in losses]
-    )
+    there = [missing if one is None else one.to(device, missing.dtype) for one in losses]
+    return torch.stack(there)

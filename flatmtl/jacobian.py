@@ -128,6 +128,7 @@ class Capture:
                 self._pack(task, grads)
             else:
                 waiting.append((task, grads))
+            del grads  # not kept alive during the next backward pass
         if not settled:
             roles.settle()
             for task, grads in waiting:

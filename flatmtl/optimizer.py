@@ -23,6 +23,11 @@ from flatmtl.sharpness import SAM, SAMO, Sharpness, check_whole, default_radii
 from flatmtl.solves import Solves
 from flatmtl.weighting import Weighting
 
+# Several graphs, gradients as side effects, flags on the host: traced by torch.compile, a step came
+# out wrong. Compiled code around it breaks here; what the closure calls may be compiled. (The public
+# torch.compiler.disable is the same, and imports the compiler, a second's work, at once.)
+_eager = torch._disable_dynamo  # type: ignore[attr-defined]
+
 
 class MultiTaskOptimizer(Optimizer):
     """Trains several tasks with one shared network, each task's gradient seen on its own.
@@ -331,6 +336,7 @@ class MultiTaskOptimizer(Optimizer):
 
     # ------------------------------------------------------------ a step
 
+    @_eager
     def step(  # type: ignore[override]
         self, closure: Closure | Sequence[Closure] | None = None
     ) -> Losses | None:
@@ -376,6 +382,7 @@ class MultiTaskOptimizer(Optimizer):
             self._engine.skipped()
         return losses
 
+    @_eager
     def backward(
         self,
         losses: Losses | Closure | Sequence[Closure],

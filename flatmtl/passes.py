@@ -34,7 +34,7 @@ class Passes:
             self._closures = list(given)
         else:
             self._losses = read_losses(given)
-        self._by_task = ["tasks" in inspect.signature(c).parameters for c in self._closures]
+        self._by_task = [_takes_tasks(c) for c in self._closures]
         self.repeatable = bool(self._closures)
 
     def __len__(self) -> int:
@@ -105,3 +105,10 @@ class Passes:
         """Leaves the random number generators as the clean passes left them."""
         if self._replay is not None:
             self._replay.end()
+
+
+def _takes_tasks(closure: Closure) -> bool:
+    code = getattr(closure, "__code__", None)
+    if code is not None and not hasattr(closure, "__wrapped__"):  # a plain function: no need for inspect, which costs as much as a kernel
+        return "tasks" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return "tasks" in inspect.signature(closure).parameters

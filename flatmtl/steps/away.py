@@ -128,11 +128,25 @@ def keep_own_flat(block: Block, sharp: Tensor, finite: Tensor) -> None:
 
 def with_perturbed(finite: Tensor, norms: dict[int, list[Tensor]]) -> Tensor:
     """bool [T]: ``finite``, and so are the squared norms of the task's perturbed rows."""
-    finite = finite.clone()
-    for task, squares in norms.items():
-        for sq in squares:
-            finite[task] &= sq.to(finite.device).isfinite()
-    return finite
+    of_kind = [
+        {task: squares[k] for task, squares in norms.items() if k < len(squares)} for k in (0, 1)
+    ]
+    zero = torch.zeros((), dtype=torch.float64, device=finite.device)
+    return finite & added_squares(len(finite), of_kind, zero).isfinite()
+
+
+def added_squares(tasks: int, kinds: Sequence[dict[int, Tensor]], like: Tensor) -> Tensor:
+    """float64 [T] on the device of ``like``, or its zero: squared norms (0-dim) added task by task.
+
+    A sum of squares is finite where all of them are: one look in place of one for each.
+    """
+    zero = torch.zeros_like(like[0] if like.dim() else like)
+    total = zero
+    for squares in kinds:
+        if squares:
+            present = [squares[t].to(zero.device) if t in squares else zero for t in range(tasks)]
+            total = total + torch.stack(present)
+    return total
 
 
 def _restore(*restore: Callable[[], None]) -> None:
