@@ -246,6 +246,10 @@ def test_wrong_use_is_named(rng, accelerator):
     with pytest.raises(TypeError, match=r"accelerator\.prepare made .* got MultiTaskOptimizer"):
         Backward(one, optimizer)
     prepared = one.prepare(optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(one), "num_processes", 2)
+        with pytest.raises(NotImplementedError, match="one process .* got 2"):
+            Backward(one, prepared)
     backward = Backward(one, prepared)
     with pytest.raises(ValueError, match=r"given with their batch, as backward\(task_losses"):
         backward(lambda tasks=TASKS: task_losses(model, batch, tasks))

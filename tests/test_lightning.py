@@ -98,9 +98,10 @@ def by_hand(
 
                 return losses
 
-            optimizer.backward(
-                [closure(batch) for batch in batches[start : start + accumulate]], scaler=scaler
-            )
+            group = batches[start : start + accumulate]
+            found = optimizer.backward([closure(batch) for batch in group], scaler=scaler)
+            means = {t: float(loss) * accumulate / len(group) for t, loss in found.items()}
+            module.seen += [means] * len(group)
             if scaler:
                 scaler.unscale_(optimizer)
             if clip:
@@ -194,6 +195,9 @@ def test_accumulation(rng, sharpness):
     assert trainer.global_step == 6
     assert_same(module, expected)
     assert module.seen[0] == {}  # nothing computed yet
+    for batch in (1, 3, 4):  # the last of a step's
+        logged = {t: module.seen[batch][f"train_loss/{t}"] for t in TASKS}
+        assert logged == pytest.approx(expected.seen[batch], rel=1e-5)
 
 
 def test_step_and_epoch_schedules(rng):
@@ -359,6 +363,10 @@ def test_wrong_use_is_named(rng):
         fit(NoLosses(), data(rng))
     with pytest.raises(Exception, match="manual optimization"):
         fit(Module(), data(rng), gradient_clip_val=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightning.Trainer, "world_size", 2)
+        with pytest.raises(NotImplementedError, match="one process .* got 2"):
+            fit(Module(), data(rng))
     for name, value in [("accumulate_grad_batches", 0), ("gradient_clip_algorithm", "l2")]:
         module = Module()
         module.gradient_clip_val = 1.0

@@ -16,6 +16,19 @@ def takes_tasks(closure: Callable[..., Any]) -> bool:
     return "tasks" in inspect.signature(closure).parameters
 
 
+def check_alone(processes: int) -> None:
+    """Several processes would each take a step of their own, without a word.
+
+    Raises:
+        NotImplementedError: there are.
+    """
+    if processes > 1:
+        raise NotImplementedError(
+            "MultiTaskOptimizer works in one process so far: it does not average gradients over several, "
+            f"got {processes}"
+        )
+
+
 def divided(closure: Callable[..., Losses], by: int) -> Callable[..., Losses]:
     """The closure, with its losses divided; it takes ``tasks=`` if the closure does."""
     if by == 1:

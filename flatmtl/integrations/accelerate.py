@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flatmtl.integrations._micro import divide, divided
+from flatmtl.integrations._micro import check_alone, divide, divided
 from flatmtl.losses import Losses
 from flatmtl.optimizer import MultiTaskOptimizer
 
@@ -42,6 +42,7 @@ class Backward:
 
     Raises:
         TypeError: it was not made of one.
+        NotImplementedError: there are several processes.
     """
 
     def __init__(self, accelerator: Any, optimizer: Any) -> None:  # noqa: ANN401
@@ -51,6 +52,7 @@ class Backward:
                 "optimizer must be what accelerator.prepare made of a flatmtl.MultiTaskOptimizer, got "
                 + type(optimizer).__name__
             )
+        check_alone(accelerator.num_processes)
         self._accelerator, self._accelerated, self._optimizer = accelerator, optimizer, multitask
         self._kept: list[Callable[..., Losses]] = []  # of a step that is not complete yet
         multitask.register_step_post_hook(self._after_step)

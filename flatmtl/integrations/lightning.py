@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flatmtl.integrations._micro import divide, divided, takes_tasks
+from flatmtl.integrations._micro import check_alone, divide, divided, takes_tasks
 from flatmtl.losses import Losses
 from flatmtl.optimizer import MultiTaskOptimizer
 from flatmtl.sharpness import check_whole
@@ -126,6 +126,7 @@ class MultiTaskMixin:
             raise TypeError(
                 f"configure_optimizers must return one flatmtl.MultiTaskOptimizer, got {got}"
             )
+        check_alone(self.trainer.world_size)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         by = check_whole("accumulate_grad_batches", self.accumulate_grad_batches, 1)
         closures = [divided(self._closure(batch), by) for batch in batches]
