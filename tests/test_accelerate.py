@@ -253,6 +253,9 @@ def test_wrong_use_is_named(rng, accelerator):
     backward = Backward(one, prepared)
     with pytest.raises(ValueError, match=r"given with their batch, as backward\(task_losses"):
         backward(lambda tasks=TASKS: task_losses(model, batch, tasks))
+    vector = torch.stack(list(task_losses(model, batch).values()))
+    with pytest.raises(TypeError, match="must be a list or a dict of scalars"):
+        backward(vector)
     with pytest.raises(ValueError, match="must be a closure"):
         backward(task_losses(model, batch))
     with pytest.raises(TypeError, match="got AcceleratedOptimizer"):

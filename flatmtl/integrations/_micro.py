@@ -43,10 +43,19 @@ def divided(closure: Callable[..., Losses], by: int) -> Callable[..., Losses]:
 
 
 def divide(losses: Losses, by: float) -> Losses:
-    """The losses divided, in the form in which they came; a missing one stays None."""
+    """The losses divided, in the form in which they came; a missing one stays None.
+
+    Raises:
+        TypeError: they are one tensor with a graph. Its quotient is one graph that all tasks reach, and
+            every head with it.
+    """
     if by == 1:
         return losses
     if isinstance(losses, Tensor):
+        if losses.requires_grad:
+            raise TypeError(
+                "losses must be a list or a dict of scalars where batches are accumulated, got a tensor"
+            )
         return losses / by
     if isinstance(losses, Mapping):
         return {name: None if loss is None else loss / by for name, loss in losses.items()}
