@@ -81,9 +81,9 @@ def main(epochs=20, flat=True):
     after = validate(model, valid)
     for task, first, last in zip(TASKS, before, after, strict=True):
         print(f"{task}: {first:.4f} -> {last:.4f}")
-    conflict = optimizer.history.arrays()["conflict"]
+    conflict = 100 * optimizer.history.arrays()["conflict"].mean()
     print(
-        f"{epochs * len(train)} steps; conflicting gradients in {100 * conflict.mean():.0f} % of the last"
+        f"{epochs * len(train)} steps; gradients in conflict in {conflict:.0f} % of the later ones"
     )
     return before, after
 

@@ -59,4 +59,5 @@ def divide(losses: Losses, by: float) -> Losses:
         return losses / by
     if isinstance(losses, Mapping):
         return {name: None if loss is None else loss / by for name, loss in losses.items()}
-    return [None if loss is None else loss / by for loss in losses]
+    quotients = [None if loss is None else loss / by for loss in losses]
+    return tuple(quotients) if isinstance(losses, tuple) else quotients
