@@ -33,6 +33,7 @@ class Block:
         jac: [rows, P], gradients at the parameters as they are.
         sam: [rows, P], gradients at the perturbed parameters.
         both: [2 rows, P], ``jac`` and ``sam`` where they are to be one matrix.
+        ends: [2, P], ``update`` and ``kept`` where they are.
         mean: [P], SAMO's mean gradient.
         update: [P], what the parameters' ``.grad`` view.
         kept: [P]: the parameters themselves while they are perturbed; between steps the flat part, where
@@ -47,7 +48,8 @@ class Block:
         *,
         row_dtype: torch.dtype | None = None,
         exempt: int = 0,
-        adjacent: bool = False,
+        both: bool = False,
+        ends: bool = False,
     ) -> None:
         """Lays the parameters out.
 
@@ -57,7 +59,8 @@ class Block:
             rows: of ``jac`` and ``sam``.
             row_dtype: of ``jac`` and ``sam``; None: the parameters'.
             exempt: how many of the last parameters the adaptive scaling leaves out.
-            adjacent: ``jac`` and ``sam`` are the halves of one matrix, ``both``.
+            both: ``jac`` and ``sam`` are the halves of one matrix, ``both``.
+            ends: ``update`` and ``kept`` are the rows of one matrix, ``ends``.
         """
         first = params[0]
         if first.dtype not in ROW_TYPES:
@@ -88,7 +91,7 @@ class Block:
         self._scaled = len(params) - exempt  # the first so many take part in the adaptive scaling
         self._cut = self.offsets[self._scaled] if exempt else size
         self._like = first.detach()
-        self._rows, self._adjacent = rows, adjacent
+        self._rows, self._both, self._ends = rows, both, ends
         self.has_flat = False
         self._made: dict[str, Tensor] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}
@@ -111,16 +114,21 @@ class Block:
     @property
     def jac(self) -> Tensor:
         """[rows, P]."""
-        if self._adjacent:
+        if self._both:
             return self.both[: self._rows]
         return self._buffer("jac", self._rows, self.size, dtype=self.row_dtype)
 
     @property
     def sam(self) -> Tensor:
         """[rows, P]."""
-        if self._adjacent:
+        if self._both:
             return self.both[self._rows :]
         return self._buffer("sam", self._rows, self.size, dtype=self.row_dtype)
+
+    @property
+    def ends(self) -> Tensor:
+        """[2, P]."""
+        return self._buffer("ends", 2, self.size, dtype=self._like.dtype)
 
     @property
     def mean(self) -> Tensor:
@@ -130,11 +138,15 @@ class Block:
     @property
     def update(self) -> Tensor:
         """[P]."""
+        if self._ends:
+            return self.ends[0]
         return self._buffer("update", self.size, dtype=self._like.dtype)
 
     @property
     def kept(self) -> Tensor:
         """[P]."""
+        if self._ends:
+            return self.ends[1]
         return self._buffer("kept", self.size, dtype=self._like.dtype)
 
     def _flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:

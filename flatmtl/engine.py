@@ -95,8 +95,8 @@ class Engine:
         self._layout = Layout(
             row_dtype=options.row_dtype,
             exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
-            adjacent=isinstance(options.sharpness, SAM)
-            and options.sharpness.aggregate in ("second", "each"),
+            both=_aggregates(options.sharpness, "each"),
+            ends=_aggregates(options.sharpness, "second"),
         )
         self._before = BufferKeeper(options.model)  # as they were before the step
         self._watch = Watch()
@@ -185,7 +185,7 @@ class Engine:
         try:
             self._passes(passes, radii, scale)
         except BaseException:
-            self.drop()
+            self.skipped()
             if guarded:
                 self._before.restore()
                 self._generators().set(random)
@@ -276,7 +276,9 @@ class Engine:
 
     def finite_tasks(self, roles: Roles, shared_sq: Tensor, own_sq: dict[int, Tensor]) -> Tensor:
         """bool [T], from the squared norms of shared rows [T] or 0-dim, and of own ones."""
-        return (shared_sq + added_squares(len(roles.tasks), [own_sq], shared_sq)).isfinite()
+        tasks = len(roles.tasks)
+        total = shared_sq + added_squares(tasks, [own_sq], shared_sq)
+        return total.isfinite().expand(tasks)
 
     def check_finite(self, roles: Roles, finite: Tensor, scale: Tensor | None) -> None:
         """Remembers which tasks' gradients are finite ([T] bool), and acts on it as asked."""
@@ -309,11 +311,15 @@ class Engine:
             else:
                 old.copy_(weights)
 
-    def add_flat(self, block: Block) -> None:
+    def add_flat(self, block: Block, scale: Tensor | None) -> None:
         """Adds the flat part of the last sharp step, where steps in between reuse it."""
         sharpness = self.options.sharpness
-        if isinstance(sharpness, SAM) and sharpness.every > 1 and block.has_flat:
+        if not isinstance(sharpness, SAM) or sharpness.every == 1 or not block.has_flat:
+            return
+        if scale is None:
             block.update.add_(block.kept)
+        else:
+            block.update.addcmul_(block.kept, scale.to(block.update))
 
     def mask_shared(self, roles: Roles, finite: Tensor) -> None:
         """Without a gradient of each task's own, one that is not finite takes the whole row with it."""
@@ -435,6 +441,10 @@ class Engine:
         device = self._trainable()[0].device
         self.roles = load_roles(state, self._params(), self._make_roles)
         self.weights = {name: w.to(device).clone() for name, w in state["weights"].items()}
+
+
+def _aggregates(sharpness: Sharpness | None, how: str) -> bool:
+    return isinstance(sharpness, SAM) and sharpness.aggregate == how
 
 
 def _vector(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:

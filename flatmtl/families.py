@@ -1,7 +1,7 @@
 """From the rows g_i (at the parameters) and s_i (perturbed) to one update of the shared parameters.
 
-Everything happens on Gram matrices and weights; the rows are read once for a Gram matrix and once for
-the update. The flat parts f_i = s_i - g_i are never expanded in products: that cancels for a small radius.
+The rows are read once for a Gram matrix and once for the update. The flat parts f_i = s_i - g_i are
+never expanded in products: that cancels for a small radius.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ class Families:
         if keep:
             ops.combine_flat(block.jac, torch.zeros_like(b), block.sam, b, block.kept)
             ops.combine(block.jac, a, block.update).add_(block.kept)
-            block.has_flat = True
         else:
             ops.combine_flat(block.jac, a, block.sam, b, block.update)
         return Found(a, b, gram)
@@ -82,37 +81,34 @@ class Families:
         ops.combine(block.sam, weights, block.update)
         return Found(weights, gram=gram)
 
-    def _stacked(self, block: Block, sound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """S <- S - J; the Gram blocks of g with g, g with f, f with f, zero where not sound."""
+    def second(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
+        """update = A''(A(g), A'(f)). The pair is formed: from Gram matrices, a short one would cancel."""
+        gram = self._gram("loss", block.jac, squares)
         block.sam.sub_(block.jac)
-        gram = self.unscaled(ops.gram(block.both))
-        sound = torch.cat([sound, sound])
-        gram = torch.where(sound.unsqueeze(1) & sound, gram, torch.zeros_like(gram))
-        tasks = block.jac.shape[0]
-        return gram[:tasks, :tasks], gram[:tasks, tasks:], gram[tasks:, tasks:]
-
-    def second(self, block: Block, sound: Tensor) -> Found:
-        """update = A''(A(g), A'(f))."""
-        gg, gf, ff = self._stacked(block, sound)
-        gg, ff = gg.contiguous(), ff.contiguous()
-        a, b = self._solves("loss", gg), self._solves("flat", ff)
-        cross = a @ gf @ b
-        pair = torch.stack([a @ gg @ a, cross, cross, b @ ff @ b]).view(2, 2)
+        a = self._solves("loss", gram, sound)
+        b = self._solves("flat", self._gram("flat", block.sam, None), sound)
+        ops.combine(block.jac, a, block.ends[0])
+        ops.combine(block.sam, b, block.ends[1])
+        pair = self.unscaled(ops.gram(block.ends))
         outer = self._solves("outer", pair)
-        weights = torch.cat([outer[0] * a, outer[1] * b])
-        ops.combine(block.both, weights, block.update)
-        tasks = a.shape[0]
-        return Found(weights[:tasks], weights[tasks:], gg)
+        kept, added = outer.to(block.update.dtype)
+        block.ends[0].mul_(kept).addcmul_(block.ends[1], added)
+        return Found(outer[0] * a, outer[1] * b, gram)
 
     def each(self, block: Block, sound: Tensor) -> Found:
-        """update = A(h), h_i = A'(g_i, f_i)."""
-        gg, gf, ff = self._stacked(block, sound)
-        cross = gf.diag()
-        pairs = torch.stack([gg.diag(), cross, cross, ff.diag()], 1).view(-1, 2, 2)  # [T, 2, 2]
+        """update = A(h), h_i = A'(g_i, f_i); the h_i take the place of the g_i."""
+        block.sam.sub_(block.jac)
+        gram = self.unscaled(ops.gram(block.both))
+        both = torch.cat([sound, sound])
+        gram = torch.where(both.unsqueeze(1) & both, gram, torch.zeros_like(gram))
+        tasks = sound.shape[0]
+        cross = gram.diagonal(tasks)  # <g_i, f_i>
+        lengths = gram.diag()
+        pairs = torch.stack([lengths[:tasks], cross, cross, lengths[tasks:]], 1).view(-1, 2, 2)
         inner = self._solves("flat", pairs)  # [T, 2]
         of_g, of_f = inner.unbind(1)
-        mixed = of_g.unsqueeze(1) * gf * of_f  # <g_i, f_k> as h_i and h_k hold them
-        gram = of_g.unsqueeze(1) * gg * of_g + of_f.unsqueeze(1) * ff * of_f + mixed + mixed.mT
-        weights = self._solves("loss", gram)
-        ops.combine(block.both, torch.cat([weights * of_g, weights * of_f]), block.update)
-        return Found(weights * of_g, weights * of_f, gg.contiguous())
+        block.jac.mul_(of_g.unsqueeze(1).to(block.jac.dtype))
+        block.jac.addcmul_(block.sam, of_f.unsqueeze(1).to(block.jac.dtype))
+        weights = self._solves("loss", self._gram("loss", block.jac, None), sound)
+        ops.combine(block.jac, weights, block.update)
+        return Found(weights * of_g, weights * of_f, gram[:tasks, :tasks].contiguous())

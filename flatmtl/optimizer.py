@@ -15,7 +15,6 @@ from flatmtl.engine import Engine, Options
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, read_jacobian
 from flatmtl.losses import Losses
-from flatmtl.ops._check import ROW_TYPES
 from flatmtl.passes import Closure
 from flatmtl.representation import Representation
 from flatmtl.roles import named_shared
@@ -66,7 +65,8 @@ class MultiTaskOptimizer(Optimizer):
             ``Batched(chunk)``, several at once by vectorisation; ``Representation(module)``, at the output
             of a module, with one backward pass through what stands before it (not with sharpness).
         row_dtype: of the rows in which task gradients are kept; ``torch.bfloat16`` (or float16) halves
-            their memory for float32 parameters. Sums and the update stay float32. None: the parameters'.
+            their memory for float32 parameters, the only ones it is for. Sums and the update stay
+            float32. None: the parameters' dtype.
         weights_every: solve for weights at every so many steps; in between, the last ones are used again
             and the step is one backward pass of the weighted loss. With sharpness those steps take one
             perturbation for all tasks (Eq. 9 of the paper); "decomposed" and "direct" only.
@@ -123,9 +123,9 @@ class MultiTaskOptimizer(Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if nonfinite not in ("raise", "mask", "skip"):
             raise ValueError(f"nonfinite must be 'raise', 'mask' or 'skip', got {nonfinite!r}")
-        if row_dtype is not None and row_dtype not in ROW_TYPES:
+        if row_dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"row_dtype must be float32, float64, bfloat16, float16 or None, got {row_dtype!r}"
+                f"row_dtype must be torch.bfloat16, torch.float16 or None, got {row_dtype!r}"
             )
         if not isinstance(replay_rng, bool):
             raise TypeError(f"replay_rng must be True or False, got {replay_rng!r}")

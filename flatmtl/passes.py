@@ -108,7 +108,8 @@ class Passes:
 
 
 def _takes_tasks(closure: Closure) -> bool:
+    # Plain functions do without inspect, which costs as much as a kernel.
     code = getattr(closure, "__code__", None)
-    if code is not None and not hasattr(closure, "__wrapped__"):  # a plain function: no need for inspect, which costs as much as a kernel
+    if code is not None and not hasattr(closure, "__wrapped__"):
         return "tasks" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return "tasks" in inspect.signature(closure).parameters

@@ -23,7 +23,8 @@ _TEXTS = {
 def _outside() -> int:
     """The stack level, for a caller's ``warnings.warn``, of the code that uses flatmtl."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("flatmtl."):
+    inside = ("flatmtl.", "torch.")  # torch wraps step()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
         frame, level = frame.f_back, level + 1
     return level
 

@@ -50,12 +50,14 @@ class Layout:
     Attributes:
         row_dtype: of the rows of gradients; None: the parameters'.
         exempt: ids of parameters that the adaptive scaling leaves out.
-        adjacent: the shared block's two families of rows are one matrix.
+        both: the shared block's two families of rows are one matrix.
+        ends: its ``update`` and ``kept`` are one matrix.
     """
 
     row_dtype: torch.dtype | None = None
     exempt: frozenset[int] = frozenset()
-    adjacent: bool = False
+    both: bool = False
+    ends: bool = False
 
 
 class Roles:
@@ -190,7 +192,8 @@ class Roles:
         shared = None
         if shared_index:
             rows = len(self.tasks)
-            shared = self._block(shared_index, rows, adjacent=self._layout.adjacent)
+            layout = self._layout
+            shared = self._block(shared_index, rows, both=layout.both, ends=layout.ends)
         own = {task: self._block(index, 1) for task, index in own_index.items()}
         # Nothing has changed up to here, should a role not hold.
         self.shared, self.shared_index = shared, shared_index
@@ -200,7 +203,9 @@ class Roles:
     def _is_exempt(self, k: int) -> bool:
         return id(self.params[k]) in self._layout.exempt
 
-    def _block(self, index: Sequence[int], rows: int, *, adjacent: bool = False) -> Block:
+    def _block(
+        self, index: Sequence[int], rows: int, *, both: bool = False, ends: bool = False
+    ) -> Block:
         chosen = [self.params[k] for k in index]
         return Block(
             chosen,
@@ -208,12 +213,18 @@ class Roles:
             rows,
             row_dtype=self._row_dtype(chosen[0]),
             exempt=sum(map(self._is_exempt, index)),
-            adjacent=adjacent,
+            both=both,
+            ends=ends,
         )
 
     def _row_dtype(self, param: Tensor) -> torch.dtype | None:
-        # narrower rows are for float32 parameters; others keep their own dtype
-        return self._layout.row_dtype if param.dtype == torch.float32 else None
+        narrow = self._layout.row_dtype
+        if narrow is not None and param.dtype not in (torch.float32, narrow):
+            raise TypeError(
+                f"row_dtype must be None for parameters that are not float32: {self._label(param)} is "
+                f"{param.dtype}"
+            )
+        return narrow
 
     @property
     def blocks(self) -> list[Block]:

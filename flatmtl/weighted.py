@@ -9,14 +9,16 @@ from flatmtl.losses import TaskLosses
 from flatmtl.roles import Roles
 
 # A task whose weight is next to zero still goes through the backward pass, with this share of the
-# largest weight, or its own parameters would get no gradient.
-SHARE = 2.0**-20
-LEAST = 2.0**-60  # where all weights are zero
+# largest weight, or its own parameters would get no gradient; and where all weights are zero, so much.
+# Under a loss scale the pass runs in float16, whose range is short.
+SHARE, LEAST = 2.0**-60, 2.0**-80
+SHARE_SCALED, LEAST_SCALED = 2.0**-20, 2.0**-30
 
 
-def _seeds(weights: Tensor) -> Tensor:
+def _seeds(weights: Tensor, *, scaled: bool) -> Tensor:
     """float64 [T]: the weights, those next to zero raised."""
-    least = (weights.abs().max() * SHARE).clamp(min=LEAST)
+    share, floor = (SHARE_SCALED, LEAST_SCALED) if scaled else (SHARE, LEAST)
+    least = (weights.abs().max() * share).clamp(min=floor)
     sign = torch.where(weights < 0, -1.0, 1.0)
     return torch.where(weights.abs() < least, sign * least, weights)
 
@@ -35,7 +37,7 @@ class WeightedBackward:
 
     def __init__(self, roles: Roles, weights: Tensor, scale: Tensor | None) -> None:
         self._roles = roles
-        self._seeds = _seeds(weights)
+        self._seeds = _seeds(weights, scaled=scale is not None)
         self._scale = scale
         self._begun = False
         self.shared_sq: Tensor | None = None

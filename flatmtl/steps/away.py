@@ -119,11 +119,18 @@ def perturbed_passes(
     return after, norms
 
 
-def keep_own_flat(block: Block, sharp: Tensor, finite: Tensor) -> None:
+def keep_flat(block: Block, scale: Tensor | None) -> None:
+    """``block.kept`` is the flat part from now on: without the scale, which the next step may change."""
+    if scale is not None:
+        block.kept.div_(scale.to(block.kept))
+    block.has_flat = True
+
+
+def keep_own_flat(block: Block, sharp: Tensor, finite: Tensor, scale: Tensor | None) -> None:
     """``block.kept`` <- ``sharp`` [P] - its plain gradient, for the steps until the next sharp one."""
     torch.sub(sharp, block.jac[0], out=block.kept)
     block.kept.masked_fill_(~finite.to(block.device), 0)
-    block.has_flat = True
+    keep_flat(block, scale)
 
 
 def with_perturbed(finite: Tensor, norms: dict[int, list[Tensor]]) -> Tensor:

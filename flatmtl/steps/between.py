@@ -12,7 +12,7 @@ from flatmtl.losses import added_entries
 from flatmtl.passes import Passes
 from flatmtl.representation import Representation
 from flatmtl.sharpness import SAM, Radii
-from flatmtl.steps.away import away, keep_own_flat, perturb
+from flatmtl.steps.away import away, keep_flat, keep_own_flat, perturb
 from flatmtl.weighted import WeightedBackward
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def weighted(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     engine.check_finite(roles, finite, scale)
     if roles.shared is not None:
         engine.mask_shared(roles, finite)
-        engine.add_flat(roles.shared)
+        engine.add_flat(roles.shared, scale)
     for task in backward.own_sq:
         block = roles.own[task]
         backward.own_gradient(task, block.jac[0], block.update)
-        engine.add_flat(block)
+        engine.add_flat(block, scale)
     engine.write_grads(roles, backward.reached, set(backward.own_sq), finite)
     found = Found(engine.weights["loss"], engine.weights.get("flat"))
     engine.record(roles, found, None, scale)
@@ -89,7 +89,7 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
             torch.sub(shared.sam[0], shared.update, out=shared.update)
             if keep:
                 shared.kept.copy_(shared.update)
-                shared.has_flat = True
+                keep_flat(shared, scale)
             shared.update.add_(shared.jac[0])
         else:
             shared.update.copy_(shared.sam[0])
@@ -98,6 +98,6 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
         block = roles.own[task]
         last.own_gradient(task, block.sam[0], block.update)
         if keep:
-            keep_own_flat(block, block.update, finite[task])
+            keep_own_flat(block, block.update, finite[task], scale)
     engine.write_grads(roles, first.reached, set(last.own_sq), finite)
     engine.record(roles, Found(a, b if decomposed else None), None, scale, after)

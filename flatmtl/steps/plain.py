@@ -21,10 +21,10 @@ def plain(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     if roles.shared is not None:
         found = engine.families(scale).plain(roles.shared, captured.shared_sq, finite)
         engine.keep_weights(found)
-        engine.add_flat(roles.shared)
+        engine.add_flat(roles.shared, scale)
     own = {t: roles.own[t].jac[0] for t in captured.own_sq}
     for task, row in own.items():
         roles.own[task].update.copy_(row)
-        engine.add_flat(roles.own[task])
+        engine.add_flat(roles.own[task], scale)
     engine.write_grads(roles, captured.reached, set(own), finite)
     engine.record(roles, found, captured.shared_sq, scale)

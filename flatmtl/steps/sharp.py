@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flatmtl.passes import Passes
 from flatmtl.sharpness import SAM, Radii
-from flatmtl.steps.away import keep_own_flat, perturb, perturbed_passes, with_perturbed
+from flatmtl.steps.away import keep_flat, keep_own_flat, perturb, perturbed_passes, with_perturbed
 
 if TYPE_CHECKING:
     from flatmtl.engine import Engine
@@ -36,10 +36,12 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
         if sharpness.aggregate == "decomposed":
             keep = sharpness.every > 1
             found = families.decomposed(block, captured.shared_sq, finite, keep=keep)
+            if keep:
+                keep_flat(block, scale)
         elif sharpness.aggregate == "direct":
             found = families.direct(block, finite)
         elif sharpness.aggregate == "second":
-            found = families.second(block, finite)
+            found = families.second(block, captured.shared_sq, finite)
         else:
             found = families.each(block, finite)
         engine.keep_weights(found)
@@ -47,6 +49,6 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
         block = roles.own[task]
         block.update.copy_(block.sam[0])
         if sharpness.every > 1:
-            keep_own_flat(block, block.update, finite[task])
+            keep_own_flat(block, block.update, finite[task], scale)
     engine.write_grads(roles, captured.reached, set(captured.own_sq), finite)
     engine.record(roles, found, captured.shared_sq, scale, after)
