@@ -1,0 +1,63 @@
+"""Closures of micro-batches, each with its share of the step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flatmtl.losses import Losses
+
+
+def takes_tasks(closure: Callable[..., Any]) -> bool:
+    """Whether the closure can be asked for single tasks."""
+    return "tasks" in inspect.signature(closure).parameters
+
+
+def check_alone(processes: int) -> None:
+    """Several processes would each take a step of their own, without a word.
+
+    Raises:
+        NotImplementedError: there are.
+    """
+    if processes > 1:
+        raise NotImplementedError(
+            "MultiTaskOptimizer works in one process so far: it does not average gradients over several, "
+            f"got {processes}"
+        )
+
+
+def divided(closure: Callable[..., Losses], by: int) -> Callable[..., Losses]:
+    """The closure, with its losses divided; it takes ``tasks=`` if the closure does."""
+    if by == 1:
+        return closure
+    if not takes_tasks(closure):
+        return lambda: divide(closure(), by)
+
+    def by_task(tasks: Sequence[int | str] | None = None) -> Losses:
+        return divide(closure() if tasks is None else closure(tasks=tasks), by)
+
+    return by_task
+
+
+def divide(losses: Losses, by: float) -> Losses:
+    """The losses divided, in the form in which they came; a missing one stays None.
+
+    Raises:
+        TypeError: they are one tensor with a graph. Its quotient is one graph that all tasks reach, and
+            every head with it.
+    """
+    if by == 1:
+        return losses
+    if isinstance(losses, Tensor):
+        if losses.requires_grad:
+            raise TypeError(
+                "losses must be a list or a dict of scalars where batches are accumulated, got a tensor"
+            )
+        return losses / by
+    if isinstance(losses, Mapping):
+        return {name: None if loss is None else loss / by for name, loss in losses.items()}
+    quotients = [None if loss is None else loss / by for loss in losses]
+    return tuple(quotients) if isinstance(losses, tuple) else quotients

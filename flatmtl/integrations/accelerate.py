@@ -1,0 +1,110 @@
+"""Hugging Face Accelerate: what takes the place of ``accelerator.backward(loss)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from flatmtl.integrations._micro import check_alone, divide, divided
+from flatmtl.losses import Losses
+from flatmtl.optimizer import MultiTaskOptimizer
+
+__all__ = ["Backward"]
+
+
+class Backward:
+    """``accelerator.backward`` for task losses; the rest of an Accelerate loop stays as it is.
+
+    ::
+
+        model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+        backward = flatmtl.integrations.accelerate.Backward(accelerator, optimizer)
+        for batch in loader:
+            with accelerator.accumulate(model):
+                losses = backward(task_losses, model, batch)  # task_losses(model, batch, tasks=...)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+    As ``accelerator.backward`` does, it divides the losses by ``gradient_accumulation_steps`` and uses the
+    accelerator's scaler. It also lets ``accelerator.optimizer_step_was_skipped`` (and with it the schedulers)
+    see a step that the scaler skipped: Accelerate by itself only notices optimizers that are then
+    not called at all.
+
+    Args:
+        accelerator: the ``accelerate.Accelerator``.
+        optimizer: what ``accelerator.prepare`` made of a ``MultiTaskOptimizer``.
+
+    Raises:
+        TypeError: it was not made of one.
+        NotImplementedError: there are several processes.
+    """
+
+    def __init__(self, accelerator: Any, optimizer: Any) -> None:  # noqa: ANN401
+        multitask = getattr(optimizer, "optimizer", None)
+        if not isinstance(multitask, MultiTaskOptimizer):
+            raise TypeError(
+                "optimizer must be what accelerator.prepare made of a flatmtl.MultiTaskOptimizer, got "
+                + type(optimizer).__name__
+            )
+        check_alone(accelerator.num_processes)
+        self._accelerator, self._accelerated, self._optimizer = accelerator, optimizer, multitask
+        self._kept: list[Callable[..., Losses]] = []  # of a step that is not complete yet
+        multitask.register_step_post_hook(self._after_step)
+
+    def __call__(
+        self,
+        losses: Losses | Callable[..., Losses],
+        *args: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401
+    ) -> Losses | None:
+        """Takes the gradients of a batch's losses.
+
+        With sharpness every pass runs over all batches of a step, so that they are kept until the last
+        one has come, and computed then.
+
+        Args:
+            losses: the losses of this batch, or a function that computes them (with sharpness, always);
+                it may take ``tasks=``, as a closure of ``MultiTaskOptimizer.step`` does.
+            *args: what the function is called with. They are bound here and now: a function that finds
+                the batch in a name of the loop would find a later one.
+            **options: the same.
+
+        Returns:
+            The losses, detached, before the division (with sharpness the mean over the step's batches);
+            None while they are kept.
+
+        Raises:
+            ValueError: sharpness with ``gradient_accumulation_steps``, and a function without arguments.
+        """
+        by = self._accelerator.gradient_accumulation_steps
+        scaler = self._accelerator.scaler
+        if not callable(losses) or isinstance(losses, torch.Tensor):
+            found = self._optimizer.backward(divide(losses, by), scaler=scaler)
+            return divide(found, 1 / by)
+        if args or options:
+            losses = partial(losses, *args, **options)
+        elif by > 1 and self._optimizer.sharpness and not isinstance(losses, partial):
+            raise ValueError(
+                "losses must be given with their batch, as backward(task_losses, model, batch), when "
+                "batches are accumulated with sharpness: it is run when later ones have come"
+            )
+        closure = divided(losses, by)
+        if self._optimizer.sharpness is None:
+            return divide(self._optimizer.backward(closure, scaler=scaler), 1 / by)
+        self._kept.append(closure)
+        if not self._accelerator.sync_gradients:
+            return None
+        closures, self._kept = self._kept, []
+        found = self._optimizer.backward(closures, scaler=scaler)
+        return divide(found, len(closures) / by)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        found_inf = getattr(optimizer, "found_inf", None)  # there while GradScaler.step runs
+        if found_inf is not None and bool(found_inf):
+            self._accelerated._accelerate_step_called = False
