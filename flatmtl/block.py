@@ -215,7 +215,7 @@ class Block:
                     params, self.kept[segment], row[segment], sq_norm,
                     [o - start for o in offsets], radii, bent, eta,
                 )  # fmt: skip
-        torch.autograd.graph.increment_version(self.params)
+        self._changed()
 
     def move(self, direction: Tensor, step: float) -> None:
         """Parameters <- saved + ``step`` * ``direction`` [P]."""
@@ -224,9 +224,19 @@ class Block:
                 self.params, self.views(self.kept), self.views(direction), strict=True
             ):
                 torch.add(origin, by, alpha=step, out=param.detach())
-        torch.autograd.graph.increment_version(self.params)
+        self._changed()
 
     def restore(self) -> None:
         """Parameters <- saved, bit for bit, in their own storage."""
         _ops.restore_.default(self._flat(self.params), self.kept, self.offsets)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Tells autograd of the write, and autocast, whose cached casts are of the old values."""
         torch.autograd.graph.increment_version(self.params)
+        torch.clear_autocast_cache()
+
+    def stale(self) -> bool:
+        """Whether the parameters have changed their dtype or device since (``model.double()``)."""
+        like = self._like
+        return any(p.dtype != like.dtype or p.device != like.device for p in self.params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from flatmtl.steps.plain import plain
 from flatmtl.steps.represented import represented
 from flatmtl.steps.samo import samo
 from flatmtl.steps.sharp import sharp
-from flatmtl.watch import Watch, raise_nonfinite
+from flatmtl.watch import Watch, outside, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
 
 
@@ -102,7 +103,8 @@ class Engine:
         self._watch = Watch()
         self._radius = RadiusWatch(self._watch)
         self._open = False  # backward() has run and step() has not
-        self._written: list[tuple[Tensor, Tensor]] = []  # parameters and the .grad they were given
+        # parameters, the .grad they were given, and its version
+        self._written: list[tuple[Tensor, Tensor, int]] = []
         self._losses: list[Tensor | None] = []  # the clean ones of this step
         self._loaded: dict[str, Any] | None = None  # a state that waits for the parameters' roles
 
@@ -139,7 +141,7 @@ class Engine:
         return (
             self._open
             and self.capture is not None
-            and all(param.grad is grad for param, grad in self._written)
+            and all(param.grad is grad for param, grad, _ in self._written)
         )
 
     def gradients(
@@ -157,6 +159,11 @@ class Engine:
         """
         sharpness = self.options.sharpness
         more = self._continues()
+        if more and any(grad._version != version for _, grad, version in self._written):
+            raise RuntimeError(
+                "backward must find the gradients as it left them when it adds a micro-batch: they were "
+                "changed in place (zero_grad of another object, clipping); optimizer.zero_grad() starts anew"
+            )
         radii = None if sharpness is None else Radii(sharpness, groups, self.steps)
         replay = Replay(self._generators()) if self.options.replay_rng and radii else None
         passes = Passes(given, replay)
@@ -244,7 +251,18 @@ class Engine:
                 f"losses must be of the tasks {roles.tasks}, as before (None for one that is missing "
                 f"from the batch), got {losses.names}"
             )
-        if roles is None or list(map(id, params)) != list(map(id, roles.params)):
+        if roles is None and losses.together and self._named is None:
+            warnings.warn(
+                "losses are entries of one tensor: every parameter that it depends on counts as shared. "
+                "Where tasks have parameters of their own, return a list of losses (or torch.stack of "
+                "them, nothing after it), or name the shared parameters with shared=",
+                stacklevel=outside(),
+            )
+        if (
+            roles is None
+            or list(map(id, params)) != list(map(id, roles.params))
+            or any(block.stale() for block in roles.blocks)
+        ):
             roles = self._make_roles(params, losses.names)
         return roles, losses
 
@@ -354,7 +372,7 @@ class Engine:
             for k, view in zip(index, block.views(block.update), strict=True):
                 if k in reached:
                     roles.params[k].grad = view
-                    self._written.append((roles.params[k], view))
+                    self._written.append((roles.params[k], view, view._version))
 
     def record(
         self,

@@ -24,12 +24,14 @@ class TaskLosses:
         outputs: where each task's backward starts; None for a task that is missing from the batch.
         detached: each task's loss without its graph; None if missing.
         values: the losses, detached, as they came (same type and order).
+        together: whether the losses are entries of one tensor, whose backward passes through all tasks.
     """
 
     names: list[TaskName]
     outputs: list[Output | None]
     detached: list[Tensor | None]
     values: Losses
+    together: bool = False
 
     def in_order(self, names: list[TaskName]) -> TaskLosses:
         """The same losses, task by task in the order of ``names``, which must be the same ones."""
@@ -41,6 +43,7 @@ class TaskLosses:
             [self.outputs[k] for k in at],
             [self.detached[k] for k in at],
             self.values,
+            self.together,
         )
         self.outputs.clear()  # one holder of the graphs, who lets them go
         return ordered
@@ -68,13 +71,21 @@ class TaskLosses:
         self, task: int, params: Sequence[Tensor], *, retain_graph: bool, scale: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The gradient of one task's loss; None for a parameter that it does not reach."""
-        return torch.autograd.grad(
-            self.output(task),
-            params,
-            grad_outputs=self.seed(task, scale),
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        try:
+            return torch.autograd.grad(
+                self.output(task),
+                params,
+                grad_outputs=self.seed(task, scale),
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as failure:
+            if "through the graph a second time" in str(failure):
+                raise RuntimeError(
+                    f"losses[{self.names[task]!r}] must come with its graph: the closure must not call "
+                    "backward(), which the optimizer does, and losses must not be used twice"
+                ) from failure
+            raise
 
 
 def _one(name: TaskName, loss: object, graph: bool) -> Tensor | None:
@@ -139,11 +150,13 @@ def read_losses(losses: object, *, graph: bool = True) -> TaskLosses:
             )
         outputs = _vector(losses) if graph else [None] * len(losses)
         plain = losses.detach()
-        return TaskLosses(list(range(len(outputs))), outputs, list(plain.unbind()), plain)
+        together = any(isinstance(output, Tensor) for output in outputs)
+        names: list[TaskName] = list(range(len(outputs)))
+        return TaskLosses(names, outputs, list(plain.unbind()), plain, together)
     if isinstance(losses, Mapping):
         entries = {name: _one(name, loss, graph) for name, loss in losses.items()}
         values: Losses = {name: _detached(loss) for name, loss in losses.items()}
-        names: list[TaskName] = list(entries)
+        names = list(entries)
         tensors = list(entries.values())
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         tensors = [_one(i, loss, graph) for i, loss in enumerate(losses)]
@@ -160,7 +173,15 @@ def read_losses(losses: object, *, graph: bool = True) -> TaskLosses:
         raise ValueError("losses must hold at least one task, got none")
     if all(t is None for t in tensors):
         raise ValueError("losses must hold at least one task that has a loss, got only None")
-    return TaskLosses(names, list(tensors), [_detached(t) for t in tensors], values)
+    given = list(losses.values()) if isinstance(losses, Mapping) else list(losses)
+    together = any(map(_is_entry, given))
+    return TaskLosses(names, list(tensors), [_detached(t) for t in tensors], values, together)
+
+
+def _is_entry(loss: Tensor | None) -> bool:
+    """Whether the loss was taken out of a larger tensor."""
+    node = None if loss is None else loss.grad_fn
+    return node is not None and node.name() in ("SelectBackward0", "UnbindBackward0")
 
 
 def _detached(loss: Tensor | None) -> Tensor | None:

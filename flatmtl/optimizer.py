@@ -76,6 +76,7 @@ class MultiTaskOptimizer(Optimizer):
 
     Raises:
         TypeError, ValueError: an argument is none of the above.
+        NotImplementedError: several processes train together (torch.distributed).
     """
 
     # GradScaler.step hands over its flag and calls step() either way, so that a step always ends.
@@ -129,6 +130,13 @@ class MultiTaskOptimizer(Optimizer):
             )
         if not isinstance(replay_rng, bool):
             raise TypeError(f"replay_rng must be True or False, got {replay_rng!r}")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+            if world > 1:
+                raise NotImplementedError(
+                    f"MultiTaskOptimizer must run in one process for now, got a process group of {world}: "
+                    "it does not reduce gradients, and replicas would drift apart"
+                )
         how = read_jacobian(jacobian)
         if sharpness is not None and isinstance(how, Representation):
             raise ValueError(
@@ -305,10 +313,16 @@ class MultiTaskOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with an entry ``"flatmtl"`` for the weightings and the step."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         states = self._engine.solves.state_dict()
         own = {self._SAVED[name]: state for name, state in states.items()}
         own["engine"] = self._engine.state_dict()
-        return {**self.base_optimizer.state_dict(), "flatmtl": own}
+        state = {**self.base_optimizer.state_dict(), "flatmtl": own}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a saved state; one of the plain base optimizer is taken too (the rest starts anew).
@@ -316,23 +330,28 @@ class MultiTaskOptimizer(Optimizer):
         Raises:
             ValueError: it does not fit the base optimizer or the weighting.
         """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         own = state_dict.get("flatmtl", {})
         base = {key: value for key, value in state_dict.items() if key != "flatmtl"}
         for group in base.get("param_groups", ()):
             self._check_group(group)
         solves = self._engine.solves
-        before = solves.state_dict()
+        saved = solves.state_dict()
         try:
             solves.load_state_dict(
-                {name: own[saved] for name, saved in self._SAVED.items() if saved in own}
+                {name: own[key] for name, key in self._SAVED.items() if key in own}
             )
             self.base_optimizer.load_state_dict(base)
         except BaseException:
-            solves.load_state_dict(before)
+            solves.load_state_dict(saved)
             raise
         self._engine.load_state_dict(own.get("engine", {}))
         for group in self.param_groups:
             self._default_radii(group)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     # ------------------------------------------------------------ a step
 

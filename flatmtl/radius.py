@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 import torch
 from torch import Tensor
 
-from flatmtl.watch import Watch
+from flatmtl.watch import Watch, outside
 
 EXPLODES = 10.0  # times the clean loss, or the first one
 
@@ -18,15 +17,6 @@ _TEXTS = {
     "gone": "every task's gradient in the shared parameters is zero: the network may have collapsed, "
     "which too large a rho does (try a half, or SAM(warmup=...))",
 }
-
-
-def _outside() -> int:
-    """The stack level, for a caller's ``warnings.warn``, of the code that uses flatmtl."""
-    frame, level = sys._getframe(1), 1
-    inside = ("flatmtl.", "torch.")  # torch wraps step()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 class RadiusWatch:
@@ -63,4 +53,4 @@ class RadiusWatch:
         for (name, text), flag in zip(_TEXTS.items(), flags, strict=True):
             if flag and name not in self._warned:
                 self._warned.add(name)
-                warnings.warn(text, stacklevel=_outside())
+                warnings.warn(text, stacklevel=outside())

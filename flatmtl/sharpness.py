@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,11 +20,12 @@ def check_radius(name: str, value: object) -> float:
     Raises:
         TypeError, ValueError: it is no number, negative or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value >= 0 and math.isfinite(value)):
+    number = float(value)
+    if not (number >= 0 and math.isfinite(number)):
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    return float(value)
+    return number
 
 
 def check_whole(name: str, value: object, least: int) -> int:

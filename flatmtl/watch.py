@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,15 @@ from torch import Tensor
 from flatmtl.losses import TaskName
 
 Act = Callable[[list[bool]], None]
+
+
+def outside() -> int:
+    """The stack level, for a caller's ``warnings.warn``, of the code that uses flatmtl."""
+    frame, level = sys._getframe(1), 1
+    inside = ("flatmtl.", "torch.")  # torch wraps step()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class Watch:

@@ -26,6 +26,8 @@ def represented(
             "jacobian must not be Representation with several micro-batches a step: its weights "
             "belong to one batch's features"
         )
+    if passes.repeatable:
+        jacobian.forget()  # what ran since the last step is none of this one's
     for roles, losses in engine.clean_passes(passes):
         present = losses.present
         outputs = [losses.output(task) for task in present]
