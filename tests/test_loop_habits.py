@@ -46,7 +46,9 @@ def x(rng) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "sharpness", [SAM(2.0), SAM(2.0, aggregate="direct"), SAMO(2.0)], ids=["sam", "direct", "samo"]
+    "sharpness",
+    [SAM(2.0), SAM(2.0, aggregate="direct"), SAMO(2.0, beta=0.0)],
+    ids=["sam", "direct", "samo"],
 )
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_step_inside_autocast_sees_the_perturbed_parameters(sharpness, every, x):
