@@ -816,6 +816,35 @@ def test_weights_every_with_sharpness(name, mode, adaptive, tasks, rng):
             close(head.grad.numpy(), expected, 1e-6)
 
 
+@pytest.mark.parametrize("every, weights_every", [(2, 3), (3, 2), (2, 2), (4, 2)])
+@pytest.mark.parametrize("name", ["mean", "fairgrad"])
+def test_every_and_weights_every(name, every, weights_every, rng):
+    """Both intervals at once: weights of the last solve, flat part of the last perturbed pass."""
+    weighting, _ = make(name, 3)
+    problem = Problem(rng, 3)
+    q, solve = Quadratics(problem), weights_of(name, 3)
+    sharp = dict(rho=0.4, rho_task=0.2)
+    opt = wrap(problem, weighting, SAM(every=every, **sharp), weights_every=weights_every, lr=1e-4)
+    for step in range(13):
+        g, s, own, own_sam = q.rows(**sharp)
+        solving, due = step % weights_every == 0, step % every == 0
+        if solving:
+            a = solve(g @ g.T)
+        if due and solving:
+            b = solve((s - g) @ (s - g).T)
+        elif due:  # one perturbation along sum a_i g_i
+            g_a = a @ g
+            eps = 0.4 * g_a / np.linalg.norm(g_a)
+            both = [q.after(i, np.append(eps, q.eps(i, **sharp)[q.n :])) for i in range(3)]
+            s, own_sam = np.stack([x[: q.n] for x in both]), [x[q.n :] for x in both]
+        if due:
+            flat, own_flat = b @ (s - g), [y - x for x, y in zip(own, own_sam)]
+        opt.step(problem.losses)
+        close(q.shared_grad(), a @ g + flat, 100 * TOLERANCE[name])
+        for i in range(3):
+            close(problem.heads[i].grad.numpy(), own[i] + own_flat[i], 1e-6)
+
+
 def test_own_parameters_of_a_task_with_weight_zero(rng):
     """MGDA often drops a task; its head still gets its own gradient, not 0 / 0."""
     problem = Problem(rng, 3)
