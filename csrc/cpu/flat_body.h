@@ -201,14 +201,15 @@ inline void each_piece(const Segments& segments, int64_t begin, int64_t end, F f
 
 // out <- source, n elements, of one type. Returns the sum of squares.
 template <class D>
-inline double copy_squares(typename D::elem* out, const typename D::elem* source, int64_t n) {
+inline double copy_squares(typename D::elem* out, const typename D::elem* source, int64_t n,
+                           bool stream) {
   constexpr int N = Lanes<typename D::acc>::n;
   double total = 0;
   // Small steps, so that what was just copied is still in the first-level cache when it is
   // squared.
   for (int64_t m = 0; m < n; m += 128 * N) {
     const int64_t step = n - m < 128 * N ? n - m : 128 * N;
-    __builtin_memcpy(out + m, source + m, static_cast<size_t>(step) * sizeof(*out));
+    copy_bytes(out + m, source + m, step * static_cast<int64_t>(sizeof(*out)), stream);
     total += squares<D>(source + m, step, [](vec<typename D::acc> v, int64_t) { return v; });
   }
   return total;
@@ -232,7 +233,7 @@ inline double move_squares(typename D::elem* out, const typename G::elem* source
 }
 
 template <class D, class G, bool accumulate>
-double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end) {
+double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end, bool stream) {
   typedef typename D::elem E;
   E* out = static_cast<E*>(row);
   double total = 0;
@@ -250,10 +251,11 @@ double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end) 
     if constexpr (accumulate || sizeof(E) != sizeof(*source))
       total += move_squares<D, G, accumulate>(out + position, source, to - from);
     else
-      total += copy_squares<D>(out + position, source, to - from);
+      total += copy_squares<D>(out + position, source, to - from, stream);
     done = position + (to - from);
   });
   between(end);
+  if (stream) stream_end();
   return total;
 }
 
@@ -278,7 +280,7 @@ double adaptive_squares_of(const void* saved, const void* row, double eta, int64
 
 template <class D, class S>
 void perturb_of(const Segments& segments, const void* saved, const void* row, const double* scale,
-                bool adaptive, double eta, int64_t begin, int64_t end) {
+                bool adaptive, double eta, int64_t begin, int64_t end, bool stream) {
   typedef typename D::acc A;
   typedef typename S::elem E;
   constexpr int N = Lanes<A>::n;
@@ -290,10 +292,11 @@ void perturb_of(const Segments& segments, const void* saved, const void* row, co
     const int64_t n = to - from;
     const A s = static_cast<A>(scale[k]);
     if (s == 0) {
-      __builtin_memcpy(out, theta, static_cast<size_t>(n) * sizeof(E));
+      copy_bytes(out, theta, n * static_cast<int64_t>(sizeof(E)), stream);
       return;
     }
     const vec<A> factor = splat<A>(s);
+    const bool past = stream && vector_aligned<S>(out);
     for (int64_t m = 0; m < n; m += N) {
       const int64_t left = n - m;
       const vec<A> t = left >= N ? S::load(theta + m) : load_some<S>(theta + m, left);
@@ -303,20 +306,24 @@ void perturb_of(const Segments& segments, const void* saved, const void* row, co
         x = size * size * x;
       }
       const vec<A> moved = t + factor * x;
-      if (left >= N)
-        S::store(out + m, moved);
-      else
+      if (left < N)
         store_some<S>(out + m, moved, left);
+      else if (past)
+        stream_vec<S>(out + m, moved);
+      else
+        S::store(out + m, moved);
     }
   });
+  if (stream) stream_end();
 }
 
 template <class D>
-void restore_of(const Segments& segments, const void* saved, int64_t begin, int64_t end) {
+void restore_of(const Segments& segments, const void* saved, int64_t begin, int64_t end,
+                bool stream) {
   typedef typename D::elem E;
   each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
-    __builtin_memcpy(static_cast<E*>(segments.data[k]) + from,
-                     static_cast<const E*>(saved) + position,
-                     static_cast<size_t>(to - from) * sizeof(E));
+    copy_bytes(static_cast<E*>(segments.data[k]) + from, static_cast<const E*>(saved) + position,
+               (to - from) * static_cast<int64_t>(sizeof(E)), stream);
   });
+  if (stream) stream_end();
 }

@@ -63,12 +63,12 @@ const Kernels kTable = {
       });
     },
     [](Row row, Row segments_type, Segments segments, void* to, bool accumulate, int64_t begin,
-       int64_t end) {
+       int64_t end, bool stream) {
       return by_rows(row, segments_type, [&](auto d, auto g) {
         using D = decltype(d);
         using G = decltype(g);
-        return accumulate ? pack_of<D, G, true>(segments, to, begin, end)
-                          : pack_of<D, G, false>(segments, to, begin, end);
+        return accumulate ? pack_of<D, G, true>(segments, to, begin, end, stream)
+                          : pack_of<D, G, false>(segments, to, begin, end, stream);
       });
     },
     [](Row row, Row saved_type, const void* saved, const void* grad, double eta, int64_t begin,
@@ -78,14 +78,14 @@ const Kernels kTable = {
       });
     },
     [](Row row, Row saved_type, Segments segments, const void* saved, const void* grad,
-       const double* scale, bool adaptive, double eta, int64_t begin, int64_t end) {
+       const double* scale, bool adaptive, double eta, int64_t begin, int64_t end, bool stream) {
       by_rows(row, saved_type, [&](auto d, auto s) {
         perturb_of<decltype(d), decltype(s)>(segments, saved, grad, scale, adaptive, eta, begin,
-                                             end);
+                                             end, stream);
       });
     },
-    [](Row row, Segments segments, const void* saved, int64_t begin, int64_t end) {
-      by_row(row, [&](auto d) { restore_of<decltype(d)>(segments, saved, begin, end); });
+    [](Row row, Segments segments, const void* saved, int64_t begin, int64_t end, bool stream) {
+      by_row(row, [&](auto d) { restore_of<decltype(d)>(segments, saved, begin, end, stream); });
     },
 };
 

@@ -22,6 +22,12 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kMegabyte = 1 << 20;
 
+// What is beyond the caches is written past them: its lines are then not read first, and push
+// nothing out. One threshold for all processors.
+bool beyond_caches(int64_t elements, Row type) {
+  return elements * element_size(type) >= 8 * kMegabyte;
+}
+
 Row row_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Double:
@@ -174,8 +180,7 @@ void combine_rows(const Tensor& jac, const double* a, Rows sam, const double* b,
   const Row row = row_of(jac), sum = row_of(out);
   const int64_t tasks = jac.size(0), columns = jac.size(1);
   void* to = out.mutable_data_ptr();
-  // An output beyond the caches is written past them.
-  const bool stream = columns * element_size(sum) >= 8 * kMegabyte;
+  const bool stream = beyond_caches(columns, sum);
   const Chunks chunks = cut(columns, 8192, INT64_MAX / 2);
   run(chunks, chunks.size * (tasks + 1), [&](int64_t first, int64_t last) {
     kernels().combine(row, sum, rows, a, sam, b, tasks, to, chunks.begin(first),
@@ -245,8 +250,9 @@ Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
   const SegmentTable table(grads, offsets);
   const Row type = row_of(row), grads_type = grads.empty() ? type : row_of(grads[0]);
   void* to = row.mutable_data_ptr();
+  const bool stream = beyond_caches(row.size(0), type);
   return sum_chunks(row, [&](int64_t begin, int64_t end) {
-    return kernels().pack(type, grads_type, view(table), to, accumulate, begin, end);
+    return kernels().pack(type, grads_type, view(table), to, accumulate, begin, end, stream);
   });
 }
 
@@ -261,10 +267,11 @@ void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tens
   for (double& s : scale) s *= inverse;
   const Row type = row_of(row), params_type = row_of(saved);
   const void *theta = saved.const_data_ptr(), *grad = row.const_data_ptr();
+  const bool stream = beyond_caches(row.size(0), params_type);
   const Chunks chunks = cut(row.size(0), 16384, INT64_MAX / 2);
   run(chunks, chunks.size, [&](int64_t first, int64_t last) {
     kernels().perturb(type, params_type, view(table), theta, grad, scale.data(), adaptive, eta,
-                      chunks.begin(first), chunks.end(last - 1));
+                      chunks.begin(first), chunks.end(last - 1), stream);
   });
 }
 
@@ -275,9 +282,10 @@ void restore_(const std::vector<Tensor>& params, const Tensor& saved,
   const SegmentTable table(params, offsets);
   const Row type = row_of(saved);
   const void* theta = saved.const_data_ptr();
+  const bool stream = beyond_caches(saved.size(0), type);
   const Chunks chunks = cut(saved.size(0), 16384, INT64_MAX / 2);
   run(chunks, chunks.size, [&](int64_t first, int64_t last) {
-    kernels().restore(type, view(table), theta, chunks.begin(first), chunks.end(last - 1));
+    kernels().restore(type, view(table), theta, chunks.begin(first), chunks.end(last - 1), stream);
   });
 }
 
