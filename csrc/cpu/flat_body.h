@@ -39,13 +39,15 @@ inline void add_rows(const typename D::elem* jac, int64_t jac_stride, const doub
     const double bi = b ? b[i] : 0.0;
     if (a[i] == 0 && bi == 0) continue;
     const vec<A> wa = splat<A>(static_cast<A>(a[i])), wb = splat<A>(static_cast<A>(bi));
-    const typename D::elem* x = jac + i * jac_stride;
+    // a g + a (s - g) = a s
+    const bool same = bi != 0 && static_cast<A>(a[i]) == static_cast<A>(bi);
     const typename D::elem* s = sam + i * sam_stride;
+    const typename D::elem* x = same ? s : jac + i * jac_stride;
     for (int u = 0; u < U; ++u) {
       __builtin_prefetch(x + (u + 4 * U) * N, 0, 3);
       const vec<A> g = D::load(x + u * N);
       if (a[i] != 0) sum[u] += wa * g;
-      if (bi != 0) sum[u] += wb * (D::load(s + u * N) - g);
+      if (bi != 0 && !same) sum[u] += wb * (D::load(s + u * N) - g);
     }
   }
 }
@@ -61,9 +63,10 @@ inline vec<typename D::acc> combine_end(const typename D::elem* jac, int64_t jac
   for (int64_t i = 0; i < tasks; ++i) {
     const double bi = b ? b[i] : 0.0;
     if (a[i] == 0 && bi == 0) continue;
-    const vec<A> g = load_some<D>(jac + i * jac_stride, left);
+    const bool same = bi != 0 && static_cast<A>(a[i]) == static_cast<A>(bi);
+    const vec<A> g = load_some<D>(same ? sam + i * sam_stride : jac + i * jac_stride, left);
     if (a[i] != 0) sum += splat<A>(static_cast<A>(a[i])) * g;
-    if (bi != 0)
+    if (bi != 0 && !same)
       sum += splat<A>(static_cast<A>(bi)) * (load_some<D>(sam + i * sam_stride, left) - g);
   }
   return sum;
