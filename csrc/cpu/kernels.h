@@ -30,14 +30,16 @@ struct Segments {
 // the same, or f32 beside bf16 and f16 rows.
 struct Kernels {
   // partial[i, j] (i <= j, stride T) = sum over columns [begin, end) of x_i x_j, where x = jac, or
-  // sam - jac if sam.base is not null. scratch: gram_scratch(T) bytes, 64-byte aligned.
-  void (*gram)(Row, Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
-               double* partial);
-  int64_t (*gram_scratch)(int64_t tasks);
+  // sam - jac if sam.base is not null; both: the one after the other, in one sweep. scratch:
+  // gram_scratch(T, both) bytes, 64-byte aligned.
+  void (*gram)(Row, Rows jac, Rows sam, bool both, int64_t tasks, int64_t begin, int64_t end,
+               void* scratch, double* partial);
+  int64_t (*gram_scratch)(int64_t tasks, bool both);
   // partial[i] = sum over columns of jac_i^2.
   void (*row_squares)(Row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial);
   // out[begin, end) = sum_i a_i jac_i + sum_i b_i (sam_i - jac_i); a row with a_i = b_i = 0 is not
-  // read, nor sam_i where b_i = 0. a, b: [T]; b may be null.
+  // read, nor sam_i where b_i = 0, nor jac_i where a_i = b_i as the kernel has them. a, b: [T]; b
+  // may be null.
   void (*combine)(Row, Row out_type, Rows jac, const double* a, Rows sam, const double* b,
                   int64_t tasks, void* out, int64_t begin, int64_t end, bool stream);
   // out_r[begin, end) = sum_i c_ri jac_i, r < outputs; a zero coefficient is not multiplied. c: [R,

@@ -38,13 +38,15 @@ inline auto by_rows(Row row, Row beside, F f) {
 }
 
 const Kernels kTable = {
-    [](Row row, Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
-       double* partial) {
-      by_row(row,
-             [&](auto d) { gram_of<decltype(d)>(jac, sam, tasks, begin, end, scratch, partial); });
+    [](Row row, Rows jac, Rows sam, bool both, int64_t tasks, int64_t begin, int64_t end,
+       void* scratch, double* partial) {
+      by_row(row, [&](auto d) {
+        gram_of<decltype(d)>(jac, sam, both, tasks, begin, end, scratch, partial);
+      });
     },
-    [](int64_t tasks) {
-      const int64_t a = gram_scratch_of<float>(tasks), b = gram_scratch_of<double>(tasks);
+    [](int64_t tasks, bool both) {
+      const int64_t a = gram_scratch_of<float>(tasks, both);
+      const int64_t b = gram_scratch_of<double>(tasks, both);
       return a > b ? a : b;
     },
     [](Row row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial) {

@@ -86,41 +86,54 @@ Tensor doubles(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 // ---------------------------------------------------------------- sums over columns
 
-Tensor gram_of(const Tensor& jac, Rows sam) {
-  const int64_t tasks = jac.size(0), pairs = tasks * tasks;
-  // at most 64 MiB of partial sums
+// Of the rows, of the differences if sam.base is not null; both: the one and the other.
+std::vector<Tensor> gram_of(const Tensor& jac, Rows sam, bool both) {
+  const int64_t tasks = jac.size(0), matrices = both ? 2 : 1, pairs = tasks * tasks;
+  // at most 64 MiB of partial sums a matrix
   const Chunks chunks =
       cut(jac.size(1), 8192, std::clamp<int64_t>(64 * kMegabyte / (pairs * 8), 16, 1024));
   const Rows rows = rows_of(jac);
   const Row row = row_of(jac);
   const Kernels& k = kernels();
-  std::vector<double> partial(static_cast<size_t>(chunks.count * pairs));
+  std::vector<double> partial(static_cast<size_t>(chunks.count * matrices * pairs));
   run(chunks, chunks.size * tasks, [&](int64_t first, int64_t last) {
-    const Scratch work = scratch(k.gram_scratch(tasks));
+    const Scratch work = scratch(k.gram_scratch(tasks, both));
     for (int64_t c = first; c < last; ++c)
-      k.gram(row, rows, sam, tasks, chunks.begin(c), chunks.end(c), work.get(),
-             partial.data() + c * pairs);
+      k.gram(row, rows, sam, both, tasks, chunks.begin(c), chunks.end(c), work.get(),
+             partial.data() + c * matrices * pairs);
   });
-  Tensor out = doubles(jac, {tasks, tasks});
-  double* g = static_cast<double*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < tasks; ++i)
-    for (int64_t j = i; j < tasks; ++j) {
-      double total = 0;
-      for (int64_t c = 0; c < chunks.count; ++c) total += partial[c * pairs + i * tasks + j];
-      g[i * tasks + j] = g[j * tasks + i] = total;
-    }
-  return out;
+  std::vector<Tensor> result;
+  for (int64_t m = 0; m < matrices; ++m) {
+    const Tensor out = doubles(jac, {tasks, tasks});
+    double* g = static_cast<double*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < tasks; ++i)
+      for (int64_t j = i; j < tasks; ++j) {
+        double total = 0;
+        for (int64_t c = 0; c < chunks.count; ++c)
+          total += partial[(c * matrices + m) * pairs + i * tasks + j];
+        g[i * tasks + j] = g[j * tasks + i] = total;
+      }
+    result.push_back(out);
+  }
+  return result;
 }
 
 Tensor gram(const Tensor& jac) {
   check_rows("jac", jac);
-  return gram_of(jac, Rows{nullptr, 0});
+  return gram_of(jac, Rows{nullptr, 0}, false)[0];
 }
 
 Tensor gram_difference(const Tensor& sam, const Tensor& jac) {
   check_rows("jac", jac);
   check_same_rows("sam", sam, "jac", jac);
-  return gram_of(jac, rows_of(sam));
+  return gram_of(jac, rows_of(sam), false)[0];
+}
+
+std::tuple<Tensor, Tensor> gram_pair(const Tensor& sam, const Tensor& jac) {
+  check_rows("jac", jac);
+  check_same_rows("sam", sam, "jac", jac);
+  const std::vector<Tensor> found = gram_of(jac, rows_of(sam), true);
+  return {found[0], found[1]};
 }
 
 Tensor row_norms(const Tensor& jac) {
@@ -297,6 +310,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatmtl, CPU, m) {
   m.impl("row_norms", TORCH_BOX(&row_norms));
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("gram_difference", TORCH_BOX(&gram_difference));
+  m.impl("gram_pair", TORCH_BOX(&gram_pair));
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_flat", TORCH_BOX(&combine_flat));
   m.impl("project", TORCH_BOX(&project));
