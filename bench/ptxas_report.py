@@ -92,7 +92,7 @@ def demangle(names: list[str]) -> list[str]:
         names = text.stdout.splitlines()
     short = []
     for name in names:
-        name = re.sub(r"\((flatmtl::kernels::Finish)\)", "", name).replace("(bool)", "")
+        name = re.sub(r"\((flatmtl::kernels::(?:Finish|Of))\)", "", name).replace("(bool)", "")
         name = name.replace("flatmtl::kernels::", "").removeprefix("void ")
         short.append(re.sub(r"\(.*", "", name))
     return short

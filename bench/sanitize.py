@@ -32,6 +32,7 @@ def look(tasks: int, columns: int, dtype: torch.dtype, device: str, offset: int)
     weights[0] = 0  # a row that is not read
     gram = ops.gram(jac)
     results = [gram, ops.gram_difference(sam, jac), ops.row_norms(jac), ops.combine(jac, weights)]
+    results += ops.gram_pair(sam, jac)
     results.append(ops.combine_flat(jac, weights, sam, weights.flip(0)))
     results.append(ops.project(jac, torch.eye(tasks, dtype=torch.float64, device=device), wide_out))
     results.append(ops.affinity(gram, weights + 1, 0.1))

@@ -65,10 +65,12 @@ def step(base: Optimizer, told: Optimizer, ok: Tensor | None) -> bool:
     if bool(found_inf):  # the read that GradScaler makes for optimizers that cannot decide
         return False
     if scale is not None:
-        grads = [
-            p.grad for group in base.param_groups for p in group["params"] if p.grad is not None
-        ]
-        for grad in grads:
-            grad.mul_(scale.to(grad.device).reciprocal())
+        on: dict[torch.device, list[Tensor]] = {}
+        for group in base.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    on.setdefault(param.grad.device, []).append(param.grad)
+        for device, grads in on.items():
+            torch._foreach_mul_(grads, scale.to(device).reciprocal())
     base.step()
     return True

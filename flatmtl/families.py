@@ -64,9 +64,13 @@ class Families:
 
     def decomposed(self, block: Block, squares: Tensor, sound: Tensor, *, keep: bool) -> Found:
         """update = A(g) + A'(f). With ``keep``, A'(f) alone stays in ``block.kept``."""
-        gram = self._gram("loss", block.jac, squares)
+        if self._solves.weightings["loss"].diagonal_only and not self._full:
+            gram = self._gram("loss", block.jac, squares)
+            flat = self.unscaled(ops.gram_difference(block.sam, block.jac))
+        else:
+            gram, flat = map(self.unscaled, ops.gram_pair(block.sam, block.jac))
         a = self._solves("loss", gram, sound)
-        b = self._solves("flat", self.unscaled(ops.gram_difference(block.sam, block.jac)), sound)
+        b = self._solves("flat", flat, sound)
         if keep:
             ops.combine_flat(block.jac, torch.zeros_like(b), block.sam, b, block.kept)
             ops.combine(block.jac, a, block.update).add_(block.kept)

@@ -45,6 +45,7 @@ def arguments(
         "row_norms": (jac,),
         "gram": (jac,),
         "gram_difference": (sam, jac),
+        "gram_pair": (sam, jac),
         "combine": (jac, small(TASKS), update(SIZE)),
         "combine_flat": (jac, small(TASKS), sam, small(TASKS), update(SIZE)),
         "project": (jac, small(2, TASKS), rows(2, SIZE)),

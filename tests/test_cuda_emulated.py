@@ -261,6 +261,32 @@ def test_gram(built, rng, tasks, dtype, difference):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4])
+def test_gram_pair_gives_the_bits_of_the_two(emu, rng, tasks, dtype):
+    for columns, layout in [(0, "aligned"), (1, "both"), (1031, "odd stride"), (16411, "aligned")]:
+        jac, _ = matrix(rng, tasks, columns, dtype, layout)
+        sam, _ = matrix(rng, tasks, columns, dtype, list(LAYOUTS)[tasks % 4])
+        out, difference = (doubles(np.full((tasks, tasks), np.nan)) for _ in range(2))
+        run(
+            emu.emulated_gram_pair(
+                CODES[dtype],
+                jac.address,
+                ctypes.c_int64(jac.stride),
+                sam.address,
+                ctypes.c_int64(sam.stride),
+                tasks,
+                ctypes.c_int64(columns),
+                out.address,
+                difference.address,
+            )
+        )
+        out.check()
+        difference.check()
+        assert np.array_equal(out.view, gram(emu, dtype, jac, tasks, columns))
+        assert np.array_equal(difference.view, gram(emu, dtype, jac, tasks, columns, sam))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [0, 1, 7, 4099, 16411])
 def test_gram_columns(emu, rng, dtype, columns):
     for tasks, layout in (
@@ -388,6 +414,8 @@ def test_combine_flat(emu, rng, dtype, beside, columns):
         if tasks > 4:
             a[1] = b[1] = b[3] = a[4] = 0
             jac.view[1] = sam.view[1] = sam.view[3] = to_row(np.full(columns, np.nan), dtype)
+            b[2], jac.view[2] = a[2], to_row(np.full(columns, np.nan), dtype)  # a_2 s_2
+            j[2] = s[2]
         out = buffer(to_row(np.full(columns, np.nan), beside))
         wa, wb = doubles(a), doubles(b)
         run(

@@ -16,6 +16,7 @@ from cases import (
     large,
     layout,
     mixed,
+    pairs,
     rows,
     sum_floor,
     task_counts,
@@ -314,6 +315,39 @@ def test_flat_zero_weights(body, dtype, rng):
     out = torch.full((259,), nan, dtype=dtype, device=body.device)
     body.combine_flat(jac, zero, sam, zero, out)
     assert (out == 0).all()
+
+
+@pairs
+@task_counts
+def test_flat_of_equal_weights_does_not_look_at_jac(body, dtype, beside, tasks, rng):
+    """a_i = b_i: a_i g_i + b_i (s_i - g_i) = a_i s_i, to the bit of a sum over the s_i."""
+    for size in [1, 63, 515]:
+        jac, sam = (rows(rng, (tasks, size), dtype, body.device) for _ in range(2))
+        a, b = weights_for(rng, tasks, body), weights_for(rng, tasks, body)
+        same = torch.from_numpy(rng.random(tasks) < 0.5).to(body.device)
+        b = torch.where(same, a, b)
+        mixed_jac = torch.where(same.unsqueeze(1), torch.full_like(jac, float("nan")), jac)
+        out, expected = (empty_row(size, jac, beside) for _ in range(2))
+        body.combine_flat(mixed_jac, a, sam, b, out)
+        body.combine_flat(torch.where(same.unsqueeze(1), sam, jac), a, sam, b, expected)
+        assert torch.isfinite(out).all() and torch.equal(out, expected)
+        check_flat(body, jac, a, sam, b, (tasks, size), beside)
+        body.combine_flat(jac, a, sam, a, out)
+        body.combine(sam, a, expected)
+        assert torch.equal(out, expected)
+
+
+def test_flat_of_equal_weights_reads_sam(body):
+    """NaN in s_i counts; in the row of another weight NaN in g_i does; so does a NaN weight."""
+    one = torch.ones(2, dtype=torch.float64, device=body.device)
+    bad = torch.tensor([[1.0, float("nan"), 1.0]] * 2, device=body.device)
+    fine, out = torch.ones(2, 3, device=body.device), torch.empty(3, device=body.device)
+    body.combine_flat(fine, one, bad, one, out)
+    assert out.isnan().tolist() == [False, True, False]
+    body.combine_flat(bad, one, fine, 2 * one, out)
+    assert out.isnan().tolist() == [False, True, False]
+    body.combine_flat(fine, one * float("nan"), fine, one * float("nan"), out)
+    assert out.isnan().all()
 
 
 def check_flat_masked(body, jac, a, sam, b) -> None:

@@ -52,7 +52,8 @@ def everything(body, jac, sam, a, b, grads, offsets) -> list[torch.Tensor]:
     k = body.solve_pcgrad(gram[None], order)
     v = [t for solver in solvers(body, gram, order[0]) for t in solver]
     others = [body.gram_difference(sam, jac), body.row_norms(jac), sq, asam, order, twice, sq_twice]
-    return [out, flat, projected, row, gram, *params, *k, *v, *others]
+    pair = body.gram_pair(sam, jac)
+    return [out, flat, projected, row, gram, *params, *k, *v, *others, *pair]
 
 
 def inputs(rng, tasks: int, size: int, dtype: torch.dtype, device: str, beside: torch.dtype):
@@ -106,6 +107,7 @@ def test_a_copy_elsewhere_gives_the_same(body, rng):
     buffer[:, 5 : 5 + size] = jac
     view = buffer[:, 5 : 5 + size]
     assert torch.equal(body.gram(jac), body.gram(view))
+    assert all(map(torch.equal, body.gram_pair(view, jac), body.gram_pair(jac, view)))
     assert torch.equal(body.row_norms(jac), body.row_norms(view))
     w = torch.from_numpy(np.asarray(rng.standard_normal(tasks)))
     a, b = torch.empty(size), torch.empty(size)

@@ -80,6 +80,12 @@ CASES = {
     "difference device": (ops.gram_difference, (META, JAC), "sam"),
     "difference strided": (ops.gram_difference, (WIDE[:, ::2], JAC), "sam"),
     "difference jac strided": (ops.gram_difference, (JAC, WIDE[:, ::2]), "jac"),
+    "pair shape": (ops.gram_pair, (JAC[:, 1:], JAC), "sam"),
+    "pair rows": (ops.gram_pair, (JAC[1:], JAC), "sam"),
+    "pair dtype": (ops.gram_pair, (JAC.double(), JAC), "sam"),
+    "pair device": (ops.gram_pair, (META, JAC), "sam"),
+    "pair strided": (ops.gram_pair, (WIDE[:, ::2], JAC), "sam"),
+    "pair jac strided": (ops.gram_pair, (JAC, WIDE[:, ::2]), "jac"),
     # combine
     "combine weights length": (ops.combine, (JAC, W[1:], OUT), "weights"),
     "combine weights 2-D": (ops.combine, (JAC, W[None], OUT), "weights"),
@@ -277,7 +283,9 @@ def test_output_beside_the_input_is_no_overlap():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["combine", "combine_flat", "gram_difference", "pack_row_"])
+@pytest.mark.parametrize(
+    "name", ["combine", "combine_flat", "gram_difference", "gram_pair", "pack_row_"]
+)
 def test_mixed_devices(name):
     args = list(copied(arguments(device="cuda")[name]))
     args[0] = args[0].cpu()

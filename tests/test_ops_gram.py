@@ -1,4 +1,4 @@
-"""row_norms, gram, gram_difference against the formulas, for every body."""
+"""row_norms, gram, gram_difference, gram_pair against the formulas, for every body."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def check_gram_difference(body, sam: torch.Tensor, jac: torch.Tensor, what: obje
     difference = contiguous_rows(sam) - contiguous_rows(jac)
     ref = oracles.gram(truth(sam, work) - truth(jac, work))
     check_close(out, ref, difference @ difference.T, 3 * eps(acc(jac.dtype)), what)
+    check_pair(body, sam, jac, what)
+
+
+def check_pair(body, sam: torch.Tensor, jac: torch.Tensor, what: object) -> None:
+    """The bits of the two alone, NaN included."""
+    alone = body.gram(jac), body.gram_difference(sam, jac)
+    for out, expected in zip(body.gram_pair(sam, jac), alone, strict=True):
+        assert out.dtype == torch.float64
+        assert torch.equal(out.view(torch.int64), expected.view(torch.int64)), what
 
 
 @dtypes
@@ -166,6 +175,11 @@ def test_bad_row_stays_in_its_row_and_column(body, dtype, bad, rng):
         assert not torch.isfinite(norms[at]) and torch.isfinite(norms[others]).all()
         d = body.gram_difference(jac, torch.zeros_like(jac))
         assert torch.isfinite(d[others][:, others]).all() and not torch.isfinite(d[at, at])
+        pair = body.gram_pair(jac, torch.zeros_like(jac))
+        assert (pair[0] == 0).all()
+        assert torch.equal(pair[1].nan_to_num(1, 2, 3), d.nan_to_num(1, 2, 3))
+        pair = body.gram_pair(torch.zeros_like(jac), jac)
+        assert torch.equal(pair[0].nan_to_num(1, 2, 3), g.nan_to_num(1, 2, 3))
 
 
 def test_float16_sums_beyond_its_range(body):

@@ -218,6 +218,28 @@ def test_pack_misaligned_sources(body, dtype, beside, rng):
 
 
 @pairs
+@pytest.mark.parametrize("start", [0, 1, 16])
+def test_pack_of_a_long_row(body, dtype, beside, start, rng):
+    """Beyond what is written past the caches, aligned and not; what lies around it stays."""
+    if body.name == "reference":
+        pytest.skip("one path")
+    size = 8 * 2**20 // dtype.itemsize + 77
+    source = torch.randn(size).to(beside).to(body.device)
+    offsets = [0, 64, 70_001, size - 40_003]
+    grads = [source[:64], source[64:60_000], source[70_001 : size - 50_000], source[-40_003:]]
+    whole = torch.full((start + size + 9,), 7.0, dtype=dtype, device=body.device)
+    row = whole[start : start + size]
+    sq = body.pack_row_(row, grads, offsets)
+    expected = source.to(dtype)
+    expected[60_000:70_001] = 0
+    expected[size - 50_000 : size - 40_003] = 0
+    assert torch.equal(row, expected)
+    assert (whole[:start] == 7).all() and (whole[start + size :] == 7).all()
+    exact = row.double().square().sum().item()
+    assert sq.item() == pytest.approx(exact, rel=4 * eps(acc(dtype)))
+
+
+@pairs
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_pack_tells_of_what_is_not_finite(body, dtype, beside, bad, rng):
     grads = [rows(rng, (300,), beside, body.device), rows(rng, (5,), beside, body.device)]

@@ -94,6 +94,36 @@ def test_perturb(body, dtype, beside, adaptive, eta, rng):
 
 @pairs
 @both
+@pytest.mark.parametrize("start", [0, 1, 16])
+def test_long_rows_give_the_same_bits(body, dtype, beside, adaptive, eta, start, rng):
+    """Written past the caches, because they are many, as one by one; aligned and not."""
+    if body.name == "reference":
+        pytest.skip("one path")
+    total = 8 * 2**20 // beside.itemsize
+    sizes = [total // 2 + 5, 0, 3, 70_001, total // 2]
+    offsets = np.cumsum([0, *sizes[:-1]]).tolist()
+    size = sum(sizes)
+    saved = torch.randn(size).to(beside).to(body.device)
+    row = torch.randn(size).to(dtype).to(body.device)
+    rho = [3.0, 1.0, 2.0, 0.0, 5.0]
+    sq = torch.tensor(4.0, dtype=torch.float64, device=body.device)
+    made = [torch.full((start + n + 9,), 7.0, dtype=beside, device=body.device) for n in sizes]
+    params = [m[start : start + n] for m, n in zip(made, sizes)]
+    alone = [torch.empty_like(p) for p in params]
+    body.perturb_(params, saved, row, sq, offsets, rho, adaptive, eta)
+    for p, o, radius in zip(alone, offsets, rho):
+        segment = slice(o, o + p.numel())
+        body.perturb_([p], saved[segment], row[segment], sq, [0], [radius], adaptive, eta)
+    assert all(torch.equal(p, q) for p, q in zip(params, alone))
+    assert not torch.equal(params[0], saved[: sizes[0]])
+    body.restore_(params, saved, offsets)
+    assert torch.equal(torch.cat(params), saved)
+    for m, n in zip(made, sizes):
+        assert (m[:start] == 7).all() and (m[start + n :] == 7).all()
+
+
+@pairs
+@both
 @pytest.mark.parametrize("sq_norm", [0.0, float("nan"), float("inf")])
 def test_no_step_without_a_norm(body, dtype, beside, adaptive, eta, sq_norm, rng):
     """s = 0: theta stays to the bit, also where the row holds NaN and Inf."""

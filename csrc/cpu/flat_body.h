@@ -39,13 +39,15 @@ inline void add_rows(const typename D::elem* jac, int64_t jac_stride, const doub
     const double bi = b ? b[i] : 0.0;
     if (a[i] == 0 && bi == 0) continue;
     const vec<A> wa = splat<A>(static_cast<A>(a[i])), wb = splat<A>(static_cast<A>(bi));
-    const typename D::elem* x = jac + i * jac_stride;
+    // a g + a (s - g) = a s
+    const bool same = bi != 0 && static_cast<A>(a[i]) == static_cast<A>(bi);
     const typename D::elem* s = sam + i * sam_stride;
+    const typename D::elem* x = same ? s : jac + i * jac_stride;
     for (int u = 0; u < U; ++u) {
       __builtin_prefetch(x + (u + 4 * U) * N, 0, 3);
       const vec<A> g = D::load(x + u * N);
       if (a[i] != 0) sum[u] += wa * g;
-      if (bi != 0) sum[u] += wb * (D::load(s + u * N) - g);
+      if (bi != 0 && !same) sum[u] += wb * (D::load(s + u * N) - g);
     }
   }
 }
@@ -61,9 +63,10 @@ inline vec<typename D::acc> combine_end(const typename D::elem* jac, int64_t jac
   for (int64_t i = 0; i < tasks; ++i) {
     const double bi = b ? b[i] : 0.0;
     if (a[i] == 0 && bi == 0) continue;
-    const vec<A> g = load_some<D>(jac + i * jac_stride, left);
+    const bool same = bi != 0 && static_cast<A>(a[i]) == static_cast<A>(bi);
+    const vec<A> g = load_some<D>(same ? sam + i * sam_stride : jac + i * jac_stride, left);
     if (a[i] != 0) sum += splat<A>(static_cast<A>(a[i])) * g;
-    if (bi != 0)
+    if (bi != 0 && !same)
       sum += splat<A>(static_cast<A>(bi)) * (load_some<D>(sam + i * sam_stride, left) - g);
   }
   return sum;
@@ -201,14 +204,15 @@ inline void each_piece(const Segments& segments, int64_t begin, int64_t end, F f
 
 // out <- source, n elements, of one type. Returns the sum of squares.
 template <class D>
-inline double copy_squares(typename D::elem* out, const typename D::elem* source, int64_t n) {
+inline double copy_squares(typename D::elem* out, const typename D::elem* source, int64_t n,
+                           bool stream) {
   constexpr int N = Lanes<typename D::acc>::n;
   double total = 0;
   // Small steps, so that what was just copied is still in the first-level cache when it is
   // squared.
   for (int64_t m = 0; m < n; m += 128 * N) {
     const int64_t step = n - m < 128 * N ? n - m : 128 * N;
-    __builtin_memcpy(out + m, source + m, static_cast<size_t>(step) * sizeof(*out));
+    copy_bytes(out + m, source + m, step * static_cast<int64_t>(sizeof(*out)), stream);
     total += squares<D>(source + m, step, [](vec<typename D::acc> v, int64_t) { return v; });
   }
   return total;
@@ -232,7 +236,7 @@ inline double move_squares(typename D::elem* out, const typename G::elem* source
 }
 
 template <class D, class G, bool accumulate>
-double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end) {
+double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end, bool stream) {
   typedef typename D::elem E;
   E* out = static_cast<E*>(row);
   double total = 0;
@@ -250,10 +254,11 @@ double pack_of(const Segments& segments, void* row, int64_t begin, int64_t end) 
     if constexpr (accumulate || sizeof(E) != sizeof(*source))
       total += move_squares<D, G, accumulate>(out + position, source, to - from);
     else
-      total += copy_squares<D>(out + position, source, to - from);
+      total += copy_squares<D>(out + position, source, to - from, stream);
     done = position + (to - from);
   });
   between(end);
+  if (stream) stream_end();
   return total;
 }
 
@@ -278,7 +283,7 @@ double adaptive_squares_of(const void* saved, const void* row, double eta, int64
 
 template <class D, class S>
 void perturb_of(const Segments& segments, const void* saved, const void* row, const double* scale,
-                bool adaptive, double eta, int64_t begin, int64_t end) {
+                bool adaptive, double eta, int64_t begin, int64_t end, bool stream) {
   typedef typename D::acc A;
   typedef typename S::elem E;
   constexpr int N = Lanes<A>::n;
@@ -290,10 +295,11 @@ void perturb_of(const Segments& segments, const void* saved, const void* row, co
     const int64_t n = to - from;
     const A s = static_cast<A>(scale[k]);
     if (s == 0) {
-      __builtin_memcpy(out, theta, static_cast<size_t>(n) * sizeof(E));
+      copy_bytes(out, theta, n * static_cast<int64_t>(sizeof(E)), stream);
       return;
     }
     const vec<A> factor = splat<A>(s);
+    const bool past = stream && vector_aligned<S>(out);
     for (int64_t m = 0; m < n; m += N) {
       const int64_t left = n - m;
       const vec<A> t = left >= N ? S::load(theta + m) : load_some<S>(theta + m, left);
@@ -303,20 +309,24 @@ void perturb_of(const Segments& segments, const void* saved, const void* row, co
         x = size * size * x;
       }
       const vec<A> moved = t + factor * x;
-      if (left >= N)
-        S::store(out + m, moved);
-      else
+      if (left < N)
         store_some<S>(out + m, moved, left);
+      else if (past)
+        stream_vec<S>(out + m, moved);
+      else
+        S::store(out + m, moved);
     }
   });
+  if (stream) stream_end();
 }
 
 template <class D>
-void restore_of(const Segments& segments, const void* saved, int64_t begin, int64_t end) {
+void restore_of(const Segments& segments, const void* saved, int64_t begin, int64_t end,
+                bool stream) {
   typedef typename D::elem E;
   each_piece(segments, begin, end, [&](int64_t k, int64_t from, int64_t to, int64_t position) {
-    __builtin_memcpy(static_cast<E*>(segments.data[k]) + from,
-                     static_cast<const E*>(saved) + position,
-                     static_cast<size_t>(to - from) * sizeof(E));
+    copy_bytes(static_cast<E*>(segments.data[k]) + from, static_cast<const E*>(saved) + position,
+               (to - from) * static_cast<int64_t>(sizeof(E)), stream);
   });
+  if (stream) stream_end();
 }

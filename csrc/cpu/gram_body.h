@@ -1,4 +1,4 @@
-// Gram of a chunk of columns. Floor: read T P (2 T P for the difference).
+// Gram of a chunk of columns. Floor: read T P (2 T P for the difference, and for the pair).
 //
 // A block of columns, sized to stay in the first-level cache, is multiplied tile by tile: R x R
 // rows at a time with the R^2 sums in vector registers, the upper triangle only. float sums run
@@ -101,9 +101,10 @@ inline int64_t tile_count(int64_t tasks) {
 
 // Scratch: row pointers, the sums of every tile, the widened block.
 template <class A>
-inline int64_t gram_scratch_of(int64_t tasks) {
+inline int64_t gram_scratch_of(int64_t tasks, bool both) {
   constexpr int R = tile_rows<A>();
-  return (tasks * 8 + 63) / 64 * 64 + tile_count<A>(tasks) * R * R * kSumLanes * 8 +
+  return (tasks * 8 + 63) / 64 * 64 +
+         (both ? 2 : 1) * tile_count<A>(tasks) * R * R * kSumLanes * 8 +
          tasks * block_columns<A>(tasks) * static_cast<int64_t>(sizeof(A));
 }
 
@@ -123,58 +124,82 @@ inline void widen(const typename D::elem* jac, const typename D::elem* sam, int6
   }
 }
 
+// Points rows at a block of columns: where they lie, or widened in the buffer. Returns whether they
+// lie where they are.
 template <class D>
-void gram_of(Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
-             double* partial) {
+inline bool block_rows(Rows jac, Rows sam, int64_t tasks, int64_t k, int64_t columns,
+                       int64_t padded, int64_t block, typename D::acc* buffer,
+                       const typename D::acc** rows) {
   typedef typename D::acc A;
   typedef typename D::elem E;
-  constexpr int R = tile_rows<A>(), N = Lanes<A>::n;
-  const A** rows = static_cast<const A**>(scratch);
-  double* sums =
-      reinterpret_cast<double*>(static_cast<char*>(scratch) + (tasks * 8 + 63) / 64 * 64);
-  const int64_t sums_size = tile_count<A>(tasks) * R * R * kSumLanes;
-  A* buffer = reinterpret_cast<A*>(sums + sums_size);
-  for (int64_t k = 0; k < sums_size; ++k) sums[k] = 0;
-
-  const int64_t block = block_columns<A>(tasks);
-  for (int64_t k = begin; k < end; k += block) {
-    const int64_t columns = end - k < block ? end - k : block;
-    const int64_t padded = (columns + N - 1) / N * N;
-    // half types, differences and a ragged end go through the buffer
-    const bool direct = sizeof(E) == sizeof(A) && !sam.base && padded == columns;
-    for (int64_t i = 0; i < tasks; ++i) {
-      const E* x = static_cast<const E*>(jac.base) + i * jac.stride + k;
-      if (direct) {
-        rows[i] = reinterpret_cast<const A*>(x);
-      } else {
-        const E* s = sam.base ? static_cast<const E*>(sam.base) + i * sam.stride + k : nullptr;
-        widen<D>(x, s, columns, padded, buffer + i * block);
-        rows[i] = buffer + i * block;
-      }
-    }
-    double* at = sums;
-    for (int64_t i = 0; i < tasks; i += R) {
-      const int64_t height = tasks - i < R ? tasks - i : R;
-      for (int64_t j = i; j < tasks; j += R, at += R * R * kSumLanes) {
-        const int64_t width = tasks - j < R ? tasks - j : R;
-        tile_any<A>(rows, i, height, j, width, padded, direct ? block : 0, at);
-      }
+  // half types, differences and a ragged end go through the buffer
+  const bool direct = sizeof(E) == sizeof(A) && !sam.base && padded == columns;
+  for (int64_t i = 0; i < tasks; ++i) {
+    const E* x = static_cast<const E*>(jac.base) + i * jac.stride + k;
+    if (direct) {
+      rows[i] = reinterpret_cast<const A*>(x);
+    } else {
+      const E* s = sam.base ? static_cast<const E*>(sam.base) + i * sam.stride + k : nullptr;
+      widen<D>(x, s, columns, padded, buffer + i * block);
+      rows[i] = buffer + i * block;
     }
   }
+  return direct;
+}
 
-  const double* at = sums;
+// partial[i, j] (i <= j) from the lanes of all tiles.
+template <class A>
+inline void add_tiles(const double* sums, int64_t tasks, double* partial) {
+  constexpr int R = tile_rows<A>();
   for (int64_t i = 0; i < tasks; i += R) {
-    for (int64_t j = i; j < tasks; j += R, at += R * R * kSumLanes) {
+    for (int64_t j = i; j < tasks; j += R, sums += R * R * kSumLanes) {
       const int64_t height = tasks - i < R ? tasks - i : R, width = tasks - j < R ? tasks - j : R;
       for (int64_t a = 0; a < height; ++a)
         for (int64_t b = i == j ? a : 0; b < width; ++b) {
           double total = 0;
           for (int lane = 0; lane < kSumLanes; ++lane)
-            total += at[(a * width + b) * kSumLanes + lane];
+            total += sums[(a * width + b) * kSumLanes + lane];
           partial[(i + a) * tasks + j + b] = total;
         }
     }
   }
+}
+
+// both: of jac, then, block by block while jac is still in the first-level cache, of sam - jac; the
+// sums of either are added up as they are alone.
+template <class D>
+void gram_of(Rows jac, Rows sam, bool both, int64_t tasks, int64_t begin, int64_t end,
+             void* scratch, double* partial) {
+  typedef typename D::acc A;
+  constexpr int R = tile_rows<A>(), N = Lanes<A>::n;
+  const Rows none = {nullptr, 0};
+  const int matrices = both ? 2 : 1;
+  const A** rows = static_cast<const A**>(scratch);
+  double* sums =
+      reinterpret_cast<double*>(static_cast<char*>(scratch) + (tasks * 8 + 63) / 64 * 64);
+  const int64_t sums_size = tile_count<A>(tasks) * R * R * kSumLanes;
+  A* buffer = reinterpret_cast<A*>(sums + matrices * sums_size);
+  for (int64_t k = 0; k < matrices * sums_size; ++k) sums[k] = 0;
+
+  const int64_t block = block_columns<A>(tasks);
+  for (int64_t k = begin; k < end; k += block) {
+    const int64_t columns = end - k < block ? end - k : block;
+    const int64_t padded = (columns + N - 1) / N * N;
+    for (int m = 0; m < matrices; ++m) {
+      const bool direct = block_rows<D>(jac, both && m == 0 ? none : sam, tasks, k, columns, padded,
+                                        block, buffer, rows);
+      double* at = sums + m * sums_size;
+      for (int64_t i = 0; i < tasks; i += R) {
+        const int64_t height = tasks - i < R ? tasks - i : R;
+        for (int64_t j = i; j < tasks; j += R, at += R * R * kSumLanes) {
+          const int64_t width = tasks - j < R ? tasks - j : R;
+          tile_any<A>(rows, i, height, j, width, padded, direct ? block : 0, at);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < matrices; ++m)
+    add_tiles<A>(sums + m * sums_size, tasks, partial + m * tasks * tasks);
 }
 
 template <class D>

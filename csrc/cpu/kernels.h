@@ -24,18 +24,22 @@ struct Segments {
   int64_t count;
 };
 
+// stream, of what writes: past the caches, where vectors of the output are aligned.
+//
 // Two types: that of the rows, and that of what lies beside them (gradients, parameters, a sum):
 // the same, or f32 beside bf16 and f16 rows.
 struct Kernels {
   // partial[i, j] (i <= j, stride T) = sum over columns [begin, end) of x_i x_j, where x = jac, or
-  // sam - jac if sam.base is not null. scratch: gram_scratch(T) bytes, 64-byte aligned.
-  void (*gram)(Row, Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
-               double* partial);
-  int64_t (*gram_scratch)(int64_t tasks);
+  // sam - jac if sam.base is not null; both: the one after the other, in one sweep. scratch:
+  // gram_scratch(T, both) bytes, 64-byte aligned.
+  void (*gram)(Row, Rows jac, Rows sam, bool both, int64_t tasks, int64_t begin, int64_t end,
+               void* scratch, double* partial);
+  int64_t (*gram_scratch)(int64_t tasks, bool both);
   // partial[i] = sum over columns of jac_i^2.
   void (*row_squares)(Row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial);
   // out[begin, end) = sum_i a_i jac_i + sum_i b_i (sam_i - jac_i); a row with a_i = b_i = 0 is not
-  // read, nor sam_i where b_i = 0. a, b: [T]; b may be null. stream: write past the caches.
+  // read, nor sam_i where b_i = 0, nor jac_i where a_i = b_i as the kernel has them. a, b: [T]; b
+  // may be null.
   void (*combine)(Row, Row out_type, Rows jac, const double* a, Rows sam, const double* b,
                   int64_t tasks, void* out, int64_t begin, int64_t end, bool stream);
   // out_r[begin, end) = sum_i c_ri jac_i, r < outputs; a zero coefficient is not multiplied. c: [R,
@@ -44,8 +48,9 @@ struct Kernels {
                   void* out, int64_t out_stride, int64_t begin, int64_t end);
   // row[begin, end) <- the segments' elements, 0 between them; accumulate: they are added to the
   // row, which stays as it is between them. Returns the sum of squares of what then stands there.
+  // Only copies are streamed, neither sums nor what changes its type.
   double (*pack)(Row, Row segments_type, Segments, void* row, bool accumulate, int64_t begin,
-                 int64_t end);
+                 int64_t end, bool stream);
   // sum over [begin, end) of ((|saved| + eta) row)^2
   double (*adaptive_squares)(Row, Row saved_type, const void* saved, const void* row, double eta,
                              int64_t begin, int64_t end);
@@ -53,8 +58,9 @@ struct Kernels {
   // saved + scale_k (|saved| + eta)^2 row; saved itself where scale_k = 0. scale: a value a
   // segment. The segments are of saved's type.
   void (*perturb)(Row, Row saved_type, Segments, const void* saved, const void* row,
-                  const double* scale, bool adaptive, double eta, int64_t begin, int64_t end);
-  void (*restore)(Row, Segments, const void* saved, int64_t begin, int64_t end);
+                  const double* scale, bool adaptive, double eta, int64_t begin, int64_t end,
+                  bool stream);
+  void (*restore)(Row, Segments, const void* saved, int64_t begin, int64_t end, bool stream);
 };
 
 // The best the processor runs, chosen once. FLATMTL_CPU_ISA=base|avx2|avx512 asks for a lower one.

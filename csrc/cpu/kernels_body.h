@@ -38,13 +38,15 @@ inline auto by_rows(Row row, Row beside, F f) {
 }
 
 const Kernels kTable = {
-    [](Row row, Rows jac, Rows sam, int64_t tasks, int64_t begin, int64_t end, void* scratch,
-       double* partial) {
-      by_row(row,
-             [&](auto d) { gram_of<decltype(d)>(jac, sam, tasks, begin, end, scratch, partial); });
+    [](Row row, Rows jac, Rows sam, bool both, int64_t tasks, int64_t begin, int64_t end,
+       void* scratch, double* partial) {
+      by_row(row, [&](auto d) {
+        gram_of<decltype(d)>(jac, sam, both, tasks, begin, end, scratch, partial);
+      });
     },
-    [](int64_t tasks) {
-      const int64_t a = gram_scratch_of<float>(tasks), b = gram_scratch_of<double>(tasks);
+    [](int64_t tasks, bool both) {
+      const int64_t a = gram_scratch_of<float>(tasks, both);
+      const int64_t b = gram_scratch_of<double>(tasks, both);
       return a > b ? a : b;
     },
     [](Row row, Rows jac, int64_t tasks, int64_t begin, int64_t end, double* partial) {
@@ -63,12 +65,12 @@ const Kernels kTable = {
       });
     },
     [](Row row, Row segments_type, Segments segments, void* to, bool accumulate, int64_t begin,
-       int64_t end) {
+       int64_t end, bool stream) {
       return by_rows(row, segments_type, [&](auto d, auto g) {
         using D = decltype(d);
         using G = decltype(g);
-        return accumulate ? pack_of<D, G, true>(segments, to, begin, end)
-                          : pack_of<D, G, false>(segments, to, begin, end);
+        return accumulate ? pack_of<D, G, true>(segments, to, begin, end, stream)
+                          : pack_of<D, G, false>(segments, to, begin, end, stream);
       });
     },
     [](Row row, Row saved_type, const void* saved, const void* grad, double eta, int64_t begin,
@@ -78,14 +80,14 @@ const Kernels kTable = {
       });
     },
     [](Row row, Row saved_type, Segments segments, const void* saved, const void* grad,
-       const double* scale, bool adaptive, double eta, int64_t begin, int64_t end) {
+       const double* scale, bool adaptive, double eta, int64_t begin, int64_t end, bool stream) {
       by_rows(row, saved_type, [&](auto d, auto s) {
         perturb_of<decltype(d), decltype(s)>(segments, saved, grad, scale, adaptive, eta, begin,
-                                             end);
+                                             end, stream);
       });
     },
-    [](Row row, Segments segments, const void* saved, int64_t begin, int64_t end) {
-      by_row(row, [&](auto d) { restore_of<decltype(d)>(segments, saved, begin, end); });
+    [](Row row, Segments segments, const void* saved, int64_t begin, int64_t end, bool stream) {
+      by_row(row, [&](auto d) { restore_of<decltype(d)>(segments, saved, begin, end, stream); });
     },
 };
 

@@ -22,6 +22,12 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kMegabyte = 1 << 20;
 
+// What is beyond the caches is written past them: its lines are then not read first, and push
+// nothing out. One threshold for all processors.
+bool beyond_caches(int64_t elements, Row type) {
+  return elements * element_size(type) >= 8 * kMegabyte;
+}
+
 Row row_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Double:
@@ -80,41 +86,54 @@ Tensor doubles(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 // ---------------------------------------------------------------- sums over columns
 
-Tensor gram_of(const Tensor& jac, Rows sam) {
-  const int64_t tasks = jac.size(0), pairs = tasks * tasks;
-  // at most 64 MiB of partial sums
+// Of the rows, of the differences if sam.base is not null; both: the one and the other.
+std::vector<Tensor> gram_of(const Tensor& jac, Rows sam, bool both) {
+  const int64_t tasks = jac.size(0), matrices = both ? 2 : 1, pairs = tasks * tasks;
+  // at most 64 MiB of partial sums a matrix
   const Chunks chunks =
       cut(jac.size(1), 8192, std::clamp<int64_t>(64 * kMegabyte / (pairs * 8), 16, 1024));
   const Rows rows = rows_of(jac);
   const Row row = row_of(jac);
   const Kernels& k = kernels();
-  std::vector<double> partial(static_cast<size_t>(chunks.count * pairs));
+  std::vector<double> partial(static_cast<size_t>(chunks.count * matrices * pairs));
   run(chunks, chunks.size * tasks, [&](int64_t first, int64_t last) {
-    const Scratch work = scratch(k.gram_scratch(tasks));
+    const Scratch work = scratch(k.gram_scratch(tasks, both));
     for (int64_t c = first; c < last; ++c)
-      k.gram(row, rows, sam, tasks, chunks.begin(c), chunks.end(c), work.get(),
-             partial.data() + c * pairs);
+      k.gram(row, rows, sam, both, tasks, chunks.begin(c), chunks.end(c), work.get(),
+             partial.data() + c * matrices * pairs);
   });
-  Tensor out = doubles(jac, {tasks, tasks});
-  double* g = static_cast<double*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < tasks; ++i)
-    for (int64_t j = i; j < tasks; ++j) {
-      double total = 0;
-      for (int64_t c = 0; c < chunks.count; ++c) total += partial[c * pairs + i * tasks + j];
-      g[i * tasks + j] = g[j * tasks + i] = total;
-    }
-  return out;
+  std::vector<Tensor> result;
+  for (int64_t m = 0; m < matrices; ++m) {
+    const Tensor out = doubles(jac, {tasks, tasks});
+    double* g = static_cast<double*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < tasks; ++i)
+      for (int64_t j = i; j < tasks; ++j) {
+        double total = 0;
+        for (int64_t c = 0; c < chunks.count; ++c)
+          total += partial[(c * matrices + m) * pairs + i * tasks + j];
+        g[i * tasks + j] = g[j * tasks + i] = total;
+      }
+    result.push_back(out);
+  }
+  return result;
 }
 
 Tensor gram(const Tensor& jac) {
   check_rows("jac", jac);
-  return gram_of(jac, Rows{nullptr, 0});
+  return gram_of(jac, Rows{nullptr, 0}, false)[0];
 }
 
 Tensor gram_difference(const Tensor& sam, const Tensor& jac) {
   check_rows("jac", jac);
   check_same_rows("sam", sam, "jac", jac);
-  return gram_of(jac, rows_of(sam));
+  return gram_of(jac, rows_of(sam), false)[0];
+}
+
+std::tuple<Tensor, Tensor> gram_pair(const Tensor& sam, const Tensor& jac) {
+  check_rows("jac", jac);
+  check_same_rows("sam", sam, "jac", jac);
+  const std::vector<Tensor> found = gram_of(jac, rows_of(sam), true);
+  return {found[0], found[1]};
 }
 
 Tensor row_norms(const Tensor& jac) {
@@ -174,8 +193,7 @@ void combine_rows(const Tensor& jac, const double* a, Rows sam, const double* b,
   const Row row = row_of(jac), sum = row_of(out);
   const int64_t tasks = jac.size(0), columns = jac.size(1);
   void* to = out.mutable_data_ptr();
-  // An output beyond the caches is written past them.
-  const bool stream = columns * element_size(sum) >= 8 * kMegabyte;
+  const bool stream = beyond_caches(columns, sum);
   const Chunks chunks = cut(columns, 8192, INT64_MAX / 2);
   run(chunks, chunks.size * (tasks + 1), [&](int64_t first, int64_t last) {
     kernels().combine(row, sum, rows, a, sam, b, tasks, to, chunks.begin(first),
@@ -245,8 +263,9 @@ Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
   const SegmentTable table(grads, offsets);
   const Row type = row_of(row), grads_type = grads.empty() ? type : row_of(grads[0]);
   void* to = row.mutable_data_ptr();
+  const bool stream = beyond_caches(row.size(0), type);
   return sum_chunks(row, [&](int64_t begin, int64_t end) {
-    return kernels().pack(type, grads_type, view(table), to, accumulate, begin, end);
+    return kernels().pack(type, grads_type, view(table), to, accumulate, begin, end, stream);
   });
 }
 
@@ -261,10 +280,11 @@ void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tens
   for (double& s : scale) s *= inverse;
   const Row type = row_of(row), params_type = row_of(saved);
   const void *theta = saved.const_data_ptr(), *grad = row.const_data_ptr();
+  const bool stream = beyond_caches(row.size(0), params_type);
   const Chunks chunks = cut(row.size(0), 16384, INT64_MAX / 2);
   run(chunks, chunks.size, [&](int64_t first, int64_t last) {
     kernels().perturb(type, params_type, view(table), theta, grad, scale.data(), adaptive, eta,
-                      chunks.begin(first), chunks.end(last - 1));
+                      chunks.begin(first), chunks.end(last - 1), stream);
   });
 }
 
@@ -275,9 +295,10 @@ void restore_(const std::vector<Tensor>& params, const Tensor& saved,
   const SegmentTable table(params, offsets);
   const Row type = row_of(saved);
   const void* theta = saved.const_data_ptr();
+  const bool stream = beyond_caches(saved.size(0), type);
   const Chunks chunks = cut(saved.size(0), 16384, INT64_MAX / 2);
   run(chunks, chunks.size, [&](int64_t first, int64_t last) {
-    kernels().restore(type, view(table), theta, chunks.begin(first), chunks.end(last - 1));
+    kernels().restore(type, view(table), theta, chunks.begin(first), chunks.end(last - 1), stream);
   });
 }
 
@@ -289,6 +310,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatmtl, CPU, m) {
   m.impl("row_norms", TORCH_BOX(&row_norms));
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("gram_difference", TORCH_BOX(&gram_difference));
+  m.impl("gram_pair", TORCH_BOX(&gram_pair));
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_flat", TORCH_BOX(&combine_flat));
   m.impl("project", TORCH_BOX(&project));

@@ -204,6 +204,35 @@ inline void stream_vec(typename D::elem* p, vec<typename D::acc> v) {
 #endif
   D::store(p, v);
 }
+// The same for any bytes: memcpy, past the caches if asked to and `to` is aligned to a vector.
+inline void copy_bytes(void* to, const void* from, int64_t bytes, bool stream) {
+  int64_t done = 0;
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  typedef __m512i word_vec;
+#else
+  typedef __m256i word_vec;
+#endif
+  constexpr int64_t N = sizeof(word_vec);
+  if (stream && reinterpret_cast<uintptr_t>(to) % N == 0) {
+    const char* x = static_cast<const char*>(from);
+    char* out = static_cast<char*>(to);
+    for (; done + N <= bytes; done += N) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<word_vec*>(out + done), _mm512_loadu_si512(x + done));
+#else
+      _mm256_stream_si256(reinterpret_cast<word_vec*>(out + done),
+                          _mm256_loadu_si256(reinterpret_cast<const word_vec*>(x + done)));
+#endif
+    }
+  }
+#else
+  (void)stream;
+#endif
+  __builtin_memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done,
+                   static_cast<size_t>(bytes - done));
+}
+// After the last of them: other threads then see what was written.
 inline void stream_end() {
 #if defined(__AVX2__)
   _mm_sfence();

@@ -2,12 +2,13 @@
 #include "gram_of.h"
 
 namespace flatmtl::cuda {
-namespace {
 
 Tensor gram(const Tensor& jac) {
   check_rows("jac", jac);
   return gram_of<false>(jac, jac);
 }
+
+namespace {
 
 Tensor row_norms(const Tensor& jac) {
   check_rows("jac", jac);

@@ -2,7 +2,6 @@
 #include "gram_of.h"
 
 namespace flatmtl::cuda {
-namespace {
 
 Tensor gram_difference(const Tensor& sam, const Tensor& jac) {
   check_rows("jac", jac);
@@ -10,7 +9,6 @@ Tensor gram_difference(const Tensor& sam, const Tensor& jac) {
   return gram_of<true>(jac, sam);
 }
 
-}  // namespace
 }  // namespace flatmtl::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(flatmtl, CUDA, m) {

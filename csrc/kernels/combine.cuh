@@ -5,7 +5,8 @@
 //   project        out_rk = sum_i C_ri J_ik, r < R                       floor: read T P, write R P
 //
 // A weight of exactly 0 leaves its row out: it is not read (combine, combine_flat) or not
-// multiplied (project), so that 0 * NaN poisons nothing. Sums run over i in order, in the
+// multiplied (project), so that 0 * NaN poisons nothing. Where a_i = b_i in the arithmetic type,
+// a_i J_i + b_i (S_i - J_i) is b_i S_i: J_i is not read. Sums run over i in order, in the
 // arithmetic type, with one rounding at the store. `out` of combine and combine_flat is of the
 // rows' type, or float32 where that is half precision: P elements of its own size are then written,
 // and nothing is rounded to the rows' type. Determinism: no reduction between threads; every
@@ -79,8 +80,10 @@ __global__ void __launch_bounds__(kThreads)
         const A wb = kFlat ? weight_b[kFlat ? i : 0] : A(0);
         if (wa == A(0) && wb == A(0)) continue;
         Pack<T> x[kCombineUnroll<T>];
-        load_packs(x, jac.row(slab + i), column, kStride, columns, inside && jac.aligned);
-        if (kFlat && wb != A(0)) {
+        const bool same = kFlat && wa == wb;
+        load_packs(x, same ? sam.row(slab + i) : jac.row(slab + i), column, kStride, columns,
+                   inside && (same ? sam.aligned : jac.aligned));
+        if (kFlat && wb != A(0) && !same) {
           Pack<T> s[kCombineUnroll<T>];
           load_packs(s, sam.row(slab + i), column, kStride, columns, inside && sam.aligned);
 #pragma unroll

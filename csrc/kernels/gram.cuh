@@ -1,9 +1,11 @@
-// Gram matrices of the rows of J [T, P]:  G = J J^T,  of the differences S - J,  and row norms.
+// Gram matrices of the rows of J [T, P]:  G = J J^T,  of the differences S - J,  of both in one
+// sweep, and row norms.
 //
-// Floor: every row is read once, T P elements (2 T P for the difference), nothing but the partial
-// sums is written (at most 16 MiB of doubles, or 4096 chunks of T <= 8). Determinism: run to run,
-// and the same on every device up to the contraction of a * b + c: chunks are cut from shapes
-// (gram_plan.h), lane sums have at most kLaneTerms terms, chunks are added in order. Shapes: any T
+// Floor: every row is read once, T P elements (2 T P for the difference and for both), nothing but
+// the partial sums is written (at most 16 MiB of doubles, or 4096 chunks of T <= 8). Determinism:
+// run to run, and the same on every device up to the contraction of a * b + c: chunks are cut from
+// shapes (gram_plan.h), lane sums have at most kLaneTerms terms, chunks are added in order. Shapes:
+// any T
 // >= 1, any P >= 0, any row stride and alignment. G is exactly symmetric.
 //
 //   T <= 8    gram_small_kernel: a thread loads a pack of every row and holds the triangle of T
@@ -13,6 +15,10 @@
 //   tile
 //             of the triangle over a slice of the columns. T > 64: one block a pair of 64-row
 //             blocks.
+//
+// Both: gram_small_kernel for T <= 4, where two triangles fit the registers without a spill; for
+// more rows the bindings run the two kernels one after the other (3 T P). The plan is the same, and
+// so is every lane's sum: the bits are those of the two alone.
 #pragma once
 
 #include "gram_plan.h"
@@ -27,46 +33,62 @@ __host__ __device__ inline int64_t triangle_index(int64_t i, int64_t j, int64_t 
 }
 
 // A constant of its own: device code may not call host constexpr functions.
-template <int kTasks, bool kDifference>
-constexpr int kSmallUnroll = small_unroll(kTasks, kDifference);
+template <int kTasks, bool kSam>
+constexpr int kSmallUnroll = small_unroll(kTasks, kSam);
+
+enum class Of { kRows, kDifference, kBoth };
 
 // Blocks a multiprocessor should hold. Two where 128 registers a thread are enough; the packs of
 // two matrices, or sums in float64, need more.
-template <class T, int kTasks, bool kDifference>
+template <class T, int kTasks, Of kOf>
 constexpr int small_blocks =
-    sizeof(T) == 8 || (sizeof(T) == 2 && kDifference && kTasks > 5) ? 1 : 2;
+    sizeof(T) == 8 || (sizeof(T) == 2 && kOf != Of::kRows && kTasks > 5) ? 1 : 2;
 
-// partials: [T (T + 1) / 2, chunks]
-template <class T, int kTasks, bool kDifference>
-__global__ void __launch_bounds__(kThreads, small_blocks<T, kTasks, kDifference>)
+// acc += the upper triangle of a a^T
+template <int kTasks, class A>
+__device__ inline void add_triangle(const A (&a)[kTasks], A (&acc)[kTasks * (kTasks + 1) / 2]) {
+  int e = 0;
+#pragma unroll
+  for (int i = 0; i < kTasks; ++i)
+#pragma unroll
+    for (int j = i; j < kTasks; ++j) acc[e++] += a[i] * a[j];
+}
+
+// partials: [T (T + 1) / 2, chunks]; of both: of the rows, then of the differences
+template <class T, int kTasks, Of kOf>
+__global__ void __launch_bounds__(kThreads, small_blocks<T, kTasks, kOf>)
     gram_small_kernel(Rows<const T> jac, Rows<const T> sam, int64_t columns, StripPlan plan,
                       double* partials) {
   using A = Acc<T>;
-  constexpr int kPack = Pack<T>::kSize, kUnroll = kSmallUnroll<kTasks, kDifference>;
+  constexpr bool kSam = kOf != Of::kRows, kBoth = kOf == Of::kBoth;
+  constexpr int kPack = Pack<T>::kSize, kUnroll = kSmallUnroll<kTasks, kSam>;
   constexpr int kEntries = kTasks * (kTasks + 1) / 2;
-  __shared__ double total[kEntries];
-  for (int e = threadIdx.x; e < kEntries; e += kThreads) total[e] = 0;
+  constexpr int kMatrices = kBoth ? 2 : 1;
+  __shared__ double total[kMatrices][kEntries];
+  for (int e = threadIdx.x; e < kMatrices * kEntries; e += kThreads)
+    total[e / kEntries][e % kEntries] = 0;
 
-  const bool aligned = jac.aligned && (!kDifference || sam.aligned);
+  const bool aligned = jac.aligned && (!kSam || sam.aligned);
   const int64_t span = static_cast<int64_t>(kThreads) * plan.steps * kPack;  // columns
   for (int64_t start = blockIdx.x * span; start < columns; start += plan.chunks * span) {
-    A acc[kEntries];
+    A acc[kMatrices][kEntries];
 #pragma unroll
-    for (int e = 0; e < kEntries; ++e) acc[e] = 0;
+    for (int m = 0; m < kMatrices; ++m)
+#pragma unroll
+      for (int e = 0; e < kEntries; ++e) acc[m][e] = 0;
     for (int step = 0; step < plan.steps; step += kUnroll) {
       const int64_t column = start + (static_cast<int64_t>(step) * kThreads + threadIdx.x) * kPack;
       constexpr int64_t kStride = static_cast<int64_t>(kThreads) * kPack;
       // All loads are issued before the first product; one branch for all of them.
       const bool whole = aligned && column + (kUnroll - 1) * kStride + kPack <= columns;
-      Pack<T> x[kUnroll][kTasks], s[kUnroll][kDifference ? kTasks : 1];
+      Pack<T> x[kUnroll][kTasks], s[kUnroll][kSam ? kTasks : 1];
       if (whole) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
           for (int i = 0; i < kTasks; ++i) {
             x[u][i] = load_pack_stream(jac.row(i) + column + u * kStride);
-            if (kDifference)
-              s[u][kDifference ? i : 0] = load_pack_stream(sam.row(i) + column + u * kStride);
+            if (kSam) s[u][kSam ? i : 0] = load_pack_stream(sam.row(i) + column + u * kStride);
           }
       } else {
 #pragma unroll
@@ -74,8 +96,7 @@ __global__ void __launch_bounds__(kThreads, small_blocks<T, kTasks, kDifference>
 #pragma unroll
           for (int i = 0; i < kTasks; ++i) {
             x[u][i] = load_guarded(jac.row(i), column + u * kStride, columns);
-            if (kDifference)
-              s[u][kDifference ? i : 0] = load_guarded(sam.row(i), column + u * kStride, columns);
+            if (kSam) s[u][kSam ? i : 0] = load_guarded(sam.row(i), column + u * kStride, columns);
           }
       }
 #pragma unroll
@@ -84,22 +105,21 @@ __global__ void __launch_bounds__(kThreads, small_blocks<T, kTasks, kDifference>
         for (int v = 0; v < kPack; ++v) {
           A a[kTasks];
 #pragma unroll
-          for (int i = 0; i < kTasks; ++i) {
-            a[i] = to_acc(x[u][i].lane[v]);
-            if (kDifference) a[i] = to_acc(s[u][kDifference ? i : 0].lane[v]) - a[i];
+          for (int i = 0; i < kTasks; ++i) a[i] = to_acc(x[u][i].lane[v]);
+          if (!kSam || kBoth) add_triangle(a, acc[0]);
+          if (kSam) {
+#pragma unroll
+            for (int i = 0; i < kTasks; ++i) a[i] = to_acc(s[u][kSam ? i : 0].lane[v]) - a[i];
+            add_triangle(a, acc[kMatrices - 1]);
           }
-          int e = 0;
-#pragma unroll
-          for (int i = 0; i < kTasks; ++i)
-#pragma unroll
-            for (int j = i; j < kTasks; ++j) acc[e++] += a[i] * a[j];
         }
     }
-    add_block_sums(acc, total);
+#pragma unroll
+    for (int m = 0; m < kMatrices; ++m) add_block_sums(acc[m], total[m]);
   }
   __syncthreads();  // also where a block has no span: total is set
-  for (int e = threadIdx.x; e < kEntries; e += kThreads)
-    partials[e * plan.chunks + blockIdx.x] = total[e];
+  for (int e = threadIdx.x; e < kMatrices * kEntries; e += kThreads)
+    partials[e * plan.chunks + blockIdx.x] = total[e / kEntries][e % kEntries];
 }
 
 // The stage in shared memory: kStage columns of each row, as the arithmetic type. A vector of
@@ -318,13 +338,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launchers ---------------------------------------------------------------------------------
 
-template <class T, int kTasks, bool kDifference>
+template <class T, int kTasks, Of kOf>
 cudaError_t gram_small(Rows<const T> jac, Rows<const T> sam, int64_t columns, double* partials,
                        int64_t* chunks, cudaStream_t stream) {
-  const StripPlan plan = strip_plan(columns, Pack<T>::kSize, small_unroll(kTasks, kDifference));
+  const StripPlan plan = small_plan(kTasks, columns, sizeof(T));
   *chunks = plan.chunks;
   if (plan.chunks == 0) return cudaSuccess;
-  return launch(gram_small_kernel<T, kTasks, kDifference>, dim3(static_cast<unsigned>(plan.chunks)),
+  return launch(gram_small_kernel<T, kTasks, kOf>, dim3(static_cast<unsigned>(plan.chunks)),
                 dim3(kThreads), 0, stream, jac, sam, columns, plan, partials);
 }
 
@@ -348,16 +368,23 @@ cudaError_t gram_tiled(Rows<const T> jac, Rows<const T> sam, int tasks, int64_t 
                 columns, plan, partials);
 }
 
+inline cudaError_t finish_gram(const double* partials, int tasks, int64_t chunks, double* out,
+                               cudaStream_t stream) {
+  return launch(finish_gram_kernel, dim3(tasks, tasks), dim3(chunks <= 64 ? kWarp : kThreads), 0,
+                stream, partials, chunks, out);
+}
+
 // partials: gram_partials(...) doubles. out: [T, T]. kDifference: the rows are sam - jac.
 template <class T, bool kDifference>
 cudaError_t gram(Rows<const T> jac, Rows<const T> sam, int tasks, int64_t columns, double* partials,
                  double* out, cudaStream_t stream) {
+  constexpr Of kOf = kDifference ? Of::kDifference : Of::kRows;
   int64_t chunks = 0;
   cudaError_t error = cudaErrorInvalidValue;
   switch (tasks) {
-#define FLATMTL_GRAM_CASE(kTasks)                                                             \
-  case kTasks:                                                                                \
-    error = gram_small<T, kTasks, kDifference>(jac, sam, columns, partials, &chunks, stream); \
+#define FLATMTL_GRAM_CASE(kTasks)                                                     \
+  case kTasks:                                                                        \
+    error = gram_small<T, kTasks, kOf>(jac, sam, columns, partials, &chunks, stream); \
     break
     FLATMTL_GRAM_CASE(1);
     FLATMTL_GRAM_CASE(2);
@@ -373,8 +400,33 @@ cudaError_t gram(Rows<const T> jac, Rows<const T> sam, int tasks, int64_t column
         error = gram_tiled<T, kDifference>(jac, sam, tasks, columns, partials, &chunks, stream);
   }
   if (error != cudaSuccess) return error;
-  return launch(finish_gram_kernel, dim3(tasks, tasks), dim3(chunks <= 64 ? kWarp : kThreads), 0,
-                stream, static_cast<const double*>(partials), chunks, out);
+  return finish_gram(partials, tasks, chunks, out, stream);
+}
+
+// T <= kPairTasks. partials: 2 gram_partials(...) doubles. out, difference: [T, T].
+template <class T>
+cudaError_t gram_pair(Rows<const T> jac, Rows<const T> sam, int tasks, int64_t columns,
+                      double* partials, double* out, double* difference, cudaStream_t stream) {
+  int64_t chunks = 0;
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (tasks) {
+#define FLATMTL_PAIR_CASE(kTasks)                                                           \
+  case kTasks:                                                                              \
+    error = gram_small<T, kTasks, Of::kBoth>(jac, sam, columns, partials, &chunks, stream); \
+    break
+    FLATMTL_PAIR_CASE(1);
+    FLATMTL_PAIR_CASE(2);
+    FLATMTL_PAIR_CASE(3);
+    FLATMTL_PAIR_CASE(4);
+#undef FLATMTL_PAIR_CASE
+    default:
+      break;
+  }
+  static_assert(kPairTasks == 4, "one case each");
+  if (error == cudaSuccess) error = finish_gram(partials, tasks, chunks, out, stream);
+  if (error == cudaSuccess)
+    error = finish_gram(partials + triangle(tasks) * chunks, tasks, chunks, difference, stream);
+  return error;
 }
 
 inline int64_t row_norms_partials(int64_t tasks, int64_t columns, int row_bytes) {

@@ -7,6 +7,7 @@
 namespace flatmtl::kernels {
 
 constexpr int kSmallTasks = 8;     // up to here every thread holds the whole triangle in registers
+constexpr int kPairTasks = 4;      // up to here the triangles of J and of S - J at once
 constexpr int kBlockRows = 64;     // rows of J in one row block of the tiled kernel
 constexpr int kStageVectors = 32;  // 16-byte vectors of a row in one stage
 constexpr int64_t kMaxBlocks = 1024;
@@ -83,14 +84,18 @@ constexpr int small_unroll(int tasks, bool difference) {
   return rows <= 1 ? 4 : rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
 }
 
-// Doubles of scratch that gram and gram_difference need.
-inline int64_t gram_partials(int64_t tasks, int64_t columns, int row_bytes, bool difference) {
+// The small kernel's plan: one for the rows, for their differences and for both at once (of the two
+// unrolls, that of the rows is a multiple of the other), so that each has the same bits either way.
+inline StripPlan small_plan(int tasks, int64_t columns, int row_bytes) {
+  return strip_plan(columns, 16 / row_bytes, small_unroll(tasks, false));
+}
+
+// Doubles of scratch that gram and gram_difference need; gram_pair needs twice as many.
+inline int64_t gram_partials(int64_t tasks, int64_t columns, int row_bytes) {
   const int acc_bytes = row_bytes == 8 ? 8 : 4;
-  const int64_t chunks =
-      tasks <= kSmallTasks
-          ? strip_plan(columns, 16 / row_bytes, small_unroll(static_cast<int>(tasks), difference))
-                .chunks
-          : tile_plan(tasks, columns, acc_bytes).chunks;
+  const int64_t chunks = tasks <= kSmallTasks
+                             ? small_plan(static_cast<int>(tasks), columns, row_bytes).chunks
+                             : tile_plan(tasks, columns, acc_bytes).chunks;
   return triangle(tasks) * chunks;
 }
 

@@ -59,6 +59,11 @@ def gram_difference(sam: Tensor, jac: Tensor) -> Tensor:
     return _symmetric(total)
 
 
+def gram_pair(sam: Tensor, jac: Tensor) -> tuple[Tensor, Tensor]:
+    """sam, jac [T, P] -> float64 [T, T] twice, the Gram matrices of jac and of sam - jac."""
+    return gram(jac), gram_difference(sam, jac)
+
+
 def _masked(rows: Tensor, weights: Tensor) -> Tensor:
     # a row of weight 0 must not be multiplied: 0 * NaN is NaN
     return torch.where((weights != 0).unsqueeze(1), rows, torch.zeros_like(rows))
@@ -76,10 +81,13 @@ def combine_flat(jac: Tensor, a: Tensor, sam: Tensor, b: Tensor, out: Tensor) ->
     """out [P] <- sum_i a_i jac_i + sum_i b_i (sam_i - jac_i)."""
     dtype = _accumulate(jac.dtype)
     scale_a, scale_b = a.to(dtype), b.to(dtype)
+    same = (scale_a == scale_b) & (b != 0)  # a g + a (s - g) = a s: g is not looked at
+    flat_weights = torch.where(same, torch.zeros_like(b), b)
     for block in _columns(jac.shape[1]):
-        rows = jac[:, block].to(dtype)
-        flat = sam[:, block].to(dtype) - rows
-        out[block] = scale_a @ _masked(rows, a) + scale_b @ _masked(flat, b)
+        perturbed = sam[:, block].to(dtype)
+        rows = torch.where(same.unsqueeze(1), perturbed, jac[:, block].to(dtype))
+        flat = _masked(perturbed - rows, flat_weights)
+        out[block] = scale_a @ _masked(rows, a) + scale_b @ flat
 
 
 def project(jac: Tensor, coefficients: Tensor, out: Tensor) -> None:

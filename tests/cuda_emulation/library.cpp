@@ -67,7 +67,7 @@ extern "C" {
 
 int emulated_gram(int dtype, const void* jac, int64_t stride, const void* sam, int64_t sam_stride,
                   int tasks, int64_t columns, double* out) {
-  Scratch partials(gram_partials(tasks, columns, bytes_of(dtype), sam != nullptr));
+  Scratch partials(gram_partials(tasks, columns, bytes_of(dtype)));
   return with(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Rows<const T> j = rows<T>(jac, stride, tasks);
@@ -78,11 +78,22 @@ int emulated_gram(int dtype, const void* jac, int64_t stride, const void* sam, i
   });
 }
 
+int emulated_gram_pair(int dtype, const void* jac, int64_t stride, const void* sam,
+                       int64_t sam_stride, int tasks, int64_t columns, double* out,
+                       double* difference) {
+  Scratch partials(2 * gram_partials(tasks, columns, bytes_of(dtype)));
+  return with(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return gram_pair<T>(rows<T>(jac, stride, tasks), rows<T>(sam, sam_stride, tasks), tasks,
+                        columns, partials.data(), out, difference, nullptr);
+  });
+}
+
 // gram_small_kernel with a plan of the test's own: chunks that take several spans, several steps a
 // span, which the shapes ask for from 16 million columns on. out: [T (T + 1) / 2, chunks]
 int emulated_gram_spans(const float* jac, int64_t columns, int64_t chunks, int steps, double* out) {
   const Rows<const float> j = rows<float>(jac, columns, 3);
-  return launch(gram_small_kernel<float, 3, false>, dim3(static_cast<unsigned>(chunks)),
+  return launch(gram_small_kernel<float, 3, Of::kRows>, dim3(static_cast<unsigned>(chunks)),
                 dim3(kThreads), 0, nullptr, j, j, columns, StripPlan{chunks, steps}, out);
 }
 
