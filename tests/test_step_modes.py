@@ -1059,6 +1059,46 @@ def test_batched_with_a_missing_task_and_micro_batches(way, rng):
     np.testing.assert_allclose(values(problem.parameters()), values(other.parameters()), rtol=1e-10)
 
 
+class Square(torch.autograd.Function):
+    """Keeps things on ctx under names that autograd's own nodes use, too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.variable = torch.ones(3)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+    @staticmethod
+    def vmap(info, dims, x):
+        return Square.apply(x), dims[0]
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(sharpness=SAM(0.1)), dict(sharpness=flatmtl.SAMO(0.1)), dict(jacobian="batched"),
+    dict(jacobian="representation"), dict(weights_every=2),
+], ids=str)  # fmt: skip
+def test_custom_functions_in_the_trunk(options, rng):
+    """What is shared and whose is what is found through any node of the graph."""
+    seed, found = int(rng.integers(1 << 30)), []
+    for square in (Square.apply, torch.square):
+        torch.manual_seed(seed)
+        net = Net()
+        x = torch.randn(12, 5, dtype=torch.float64)
+        way = dict(options)
+        if way.get("jacobian") == "representation":
+            way["jacobian"] = flatmtl.Representation(net.trunk)
+        net.trunk[5].forward = lambda z, square=square: square(z)
+        opt = wrap(net, FairGrad(), **way)
+        for _ in range(2):
+            opt.step(lambda: net.losses(x))
+        found.append(flat(net))
+    near(*found)
+
+
 @pytest.mark.parametrize("tasks, chunk, passes", [(5, None, 1), (5, 2, 3), (4, 2, 2), (3, 1, 3)])
 def test_batched_makes_fewer_backward_passes(tasks, chunk, passes, rng):
     problem = Problem(rng, tasks)
