@@ -633,6 +633,19 @@ def test_every(name, every, tasks, rng):
         q.check(aggregate(g) + flat, [a + b for a, b in zip(own, own_flat)], TOLERANCE[name])
 
 
+def test_every_with_the_radius_turned_off_in_between(rng):
+    """All radii zero is the plain method's step, whatever flat part is kept."""
+    problem = Problem(rng, 3)
+    q = Quadratics(problem)
+    opt = wrap(problem, Mean(), SAM(0.5, every=3))
+    opt.step(problem.losses)
+    opt.param_groups[0]["rho"] = 0.0
+    for _ in range(3):
+        g, _, own, _ = q.rows(0.0)
+        opt.step(problem.losses)
+        q.check(g.mean(axis=0), own, 1e-11)
+
+
 def test_every_resumes_with_its_flat_part(rng):
     """Between two perturbed steps the flat part must be part of the saved state."""
     start = rng.bit_generator.state

@@ -684,6 +684,34 @@ def test_a_scaler_between_two_solves(mode, rng):
         near(flat(net), flat(twin), 1e-5)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_dropped_task_does_not_leak_between_two_solves(scaled, rng):
+    """Weight zero and a gradient 10,000 times longer, as MGDA drops it; its own parameters learn on."""
+    net, twin = net_and_twin(int(rng.integers(1 << 30)), dtype=torch.float32)
+    x = torch.randn(12, 5)
+    amp = scaler(2.0**4) if scaled else None
+    weights = Constant(weights=torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64))
+    opt = wrap(net, weights, lr=1e-6, weights_every=9)
+    for _ in range(2):
+        twin.load_state_dict(net.state_dict())
+        losses = [a * b for a, b in zip(twin.losses(x), (1.0, 1e4, 1.0))]
+        opt.backward([a * b for a, b in zip(net.losses(x), (1.0, 1e4, 1.0))], scaler=amp)
+        if scaled:
+            amp.unscale_(opt)
+        trunk = list(twin.trunk.parameters())
+        expected = torch.autograd.grad(losses[0] + 0.5 * losses[2], trunk, retain_graph=True)
+        for p, g in zip(net.trunk.parameters(), expected):
+            near(p.grad, g, 1e-5)
+        own = torch.autograd.grad(losses[1], list(twin.heads[1].parameters()))
+        for p, g in zip(net.heads[1].parameters(), own):
+            near(p.grad, g, 1e-5)
+        if scaled:
+            amp.step(opt)
+            amp.update()
+        else:
+            opt.step()
+
+
 COUNTING = {
     "every": dict(sharpness=SAM(0.1, every=3)),
     "warmup": dict(sharpness=SAM(0.1, warmup=5)),
@@ -834,6 +862,23 @@ def test_replayed_masks(sharpness, rng):
         assert torch.equal(torch.get_rng_state(), after)  # as after the clean pass alone
         assert previous is None or not torch.equal(previous, drawn[0])
         previous = drawn[0]
+
+
+def test_the_generator_ends_where_the_clean_pass_left_it(rng):
+    """Also where a perturbed pass runs one task, and so draws fewer numbers."""
+    net, _ = net_and_twin(int(rng.integers(1 << 30)))
+    x = torch.randn(12, 5, dtype=torch.float64)
+
+    def closure(tasks=None):
+        return [loss * torch.rand(()) for loss in net.losses(x, tasks)]
+
+    opt = wrap(net, Mean(), SAM(0.1), replay_rng=True)
+    state = torch.get_rng_state()
+    opt.step(closure)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    closure()
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_without_replay_the_masks_differ(rng):
@@ -1012,6 +1057,46 @@ def test_batched_with_a_missing_task_and_micro_batches(way, rng):
         first.step([lambda: without(problem.losses(), missing), problem.losses])
         second.step([lambda: without(other.losses(), missing), other.losses])
     np.testing.assert_allclose(values(problem.parameters()), values(other.parameters()), rtol=1e-10)
+
+
+class Square(torch.autograd.Function):
+    """Keeps things on ctx under names that autograd's own nodes use, too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.variable = torch.ones(3)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+    @staticmethod
+    def vmap(info, dims, x):
+        return Square.apply(x), dims[0]
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(sharpness=SAM(0.1)), dict(sharpness=flatmtl.SAMO(0.1)), dict(jacobian="batched"),
+    dict(jacobian="representation"), dict(weights_every=2),
+], ids=str)  # fmt: skip
+def test_custom_functions_in_the_trunk(options, rng):
+    """What is shared and whose is what is found through any node of the graph."""
+    seed, found = int(rng.integers(1 << 30)), []
+    for square in (Square.apply, torch.square):
+        torch.manual_seed(seed)
+        net = Net()
+        x = torch.randn(12, 5, dtype=torch.float64)
+        way = dict(options)
+        if way.get("jacobian") == "representation":
+            way["jacobian"] = flatmtl.Representation(net.trunk)
+        net.trunk[5].forward = lambda z, square=square: square(z)
+        opt = wrap(net, FairGrad(), **way)
+        for _ in range(2):
+            opt.step(lambda: net.losses(x))
+        found.append(flat(net))
+    near(*found)
 
 
 @pytest.mark.parametrize("tasks, chunk, passes", [(5, None, 1), (5, 2, 3), (4, 2, 2), (3, 1, 3)])
