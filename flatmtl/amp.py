@@ -25,7 +25,7 @@ def scale_of(scaler: torch.amp.GradScaler | None, params: Sequence[Tensor]) -> T
     return scale
 
 
-def step(base: Optimizer, told: Optimizer, ok: Tensor | None) -> bool:
+def step(base: Optimizer, told: Optimizer, ok: Tensor | None, *, on_host: bool) -> bool:
     """The base optimizer's step, unless gradients are not finite.
 
     Args:
@@ -33,6 +33,7 @@ def step(base: Optimizer, told: Optimizer, ok: Tensor | None) -> bool:
         told: the optimizer on which ``GradScaler.step`` leaves ``found_inf`` and ``grad_scale`` (None if the
             gradients are unscaled already).
         ok: bool 0-dim, whether a step may be made; None: it is made.
+        on_host: the host must know, also of a fused optimizer, which would decide on the device.
 
     Returns:
         Whether it was made, as far as the host knows: a fused optimizer decides on the device.
@@ -52,7 +53,14 @@ def step(base: Optimizer, told: Optimizer, ok: Tensor | None) -> bool:
         return True
     if found_inf is None:
         found_inf = (~ok).to(torch.float32)
-    if getattr(base, "_step_supports_amp_scaling", False):
+    fuses = getattr(base, "_step_supports_amp_scaling", False)
+    on_device = isinstance(found_inf, Tensor) and found_inf.device.type != "cpu"
+    reads = on_host or not fuses or not on_device
+    if reads and bool(
+        found_inf
+    ):  # the read that GradScaler makes for optimizers that cannot decide
+        return False
+    if fuses:
         fused: dict[str, object] = {"found_inf": found_inf, "grad_scale": scale}
         for name, value in fused.items():
             setattr(base, name, value)
@@ -62,8 +70,6 @@ def step(base: Optimizer, told: Optimizer, ok: Tensor | None) -> bool:
             for name in fused:
                 delattr(base, name)
         return True
-    if bool(found_inf):  # the read that GradScaler makes for optimizers that cannot decide
-        return False
     if scale is not None:
         on: dict[torch.device, list[Tensor]] = {}
         for group in base.param_groups:

@@ -75,6 +75,7 @@ class Block:
                 )
         self.params = list(params)
         self._dims = [_flat_dims(p) for p in params]
+        self._strides = [p.stride() for p in params]
         for dims, label in zip(self._dims, labels, strict=True):
             if dims == []:
                 raise ValueError(
@@ -237,6 +238,9 @@ class Block:
         torch.clear_autocast_cache()
 
     def stale(self) -> bool:
-        """Whether the parameters have changed their dtype or device since (``model.double()``)."""
+        """Whether the parameters lie otherwise than they did (``model.double()``, ``channels_last``)."""
         like = self._like
-        return any(p.dtype != like.dtype or p.device != like.device for p in self.params)
+        return any(
+            p.dtype != like.dtype or p.device != like.device or p.stride() != stride
+            for p, stride in zip(self.params, self._strides, strict=True)
+        )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from flatmtl.watch import outside
+
 
 class BufferKeeper:
     """Keeps a model's buffers as they are at one moment and puts them back, in their own storage."""
@@ -48,11 +50,10 @@ class BufferKeeper:
 
     def undo_unless(self, ok: Tensor) -> None:
         """Puts the copies back where ``ok`` (bool, 0-dim) is false; nothing is read."""
-        for (module, name), buffer, copy in zip(
-            self._places, self._buffers, self._copies, strict=True
-        ):
-            if module._buffers.get(name) is buffer:
-                buffer.copy_(torch.where(ok.to(buffer.device), buffer, copy))
+        for (module, name), copy in zip(self._places, self._copies, strict=True):
+            now = module._buffers.get(name)  # the closure may have put another tensor there
+            if now is not None and now.shape == copy.shape and now.dtype == copy.dtype:
+                now.copy_(torch.where(ok.to(now.device), now, copy))
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -102,5 +103,5 @@ def watch_for_running_statistics(active: bool) -> Iterator[None]:
         warnings.warn(
             f"{', '.join(sorted(found))} updates its running statistics in the perturbed passes too: "
             "give MultiTaskOptimizer the model (model=) to keep them to the clean pass",
-            stacklevel=4,
+            stacklevel=outside(),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper
 from flatmtl.families import Families, Found
+from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, Capture, Captured, Jacobian
 from flatmtl.losses import TaskLosses, added_entries
@@ -64,6 +66,8 @@ class Engine:
         clean_buffers: the model's buffers as the clean passes left them.
         directions: SAMO's; None without.
         label: names a parameter in errors.
+        scale: the loss scale of a step that is still open; None: 1.
+        running: whether passes are being run.
         watched: a perturbed pass has been watched for layers that update running statistics.
     """
 
@@ -93,16 +97,16 @@ class Engine:
         self.label = label
         self.watched = False
         self._params, self._named = params, named
-        self._layout = Layout(
-            row_dtype=options.row_dtype,
-            exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
-            both=_aggregates(options.sharpness, "each"),
-            ends=_aggregates(options.sharpness, "second"),
-        )
+        exempt_from_scaling(options.sharpness, options.model)  # raises without a model
         self._before = BufferKeeper(options.model)  # as they were before the step
         self._watch = Watch()
         self._radius = RadiusWatch(self._watch)
+        self.scale: Tensor | None = None
+        self.running = False
         self._open = False  # backward() has run and step() has not
+        self._begun = False  # a step's first backward() has begun
+        self._guarded = False  # the buffers before the step are kept
+        self._record_args: dict[str, Any] | None = None  # for the history, once stepped
         # parameters, the .grad they were given, and its version
         self._written: list[tuple[Tensor, Tensor, int]] = []
         self._losses: list[Tensor | None] = []  # the clean ones of this step
@@ -116,21 +120,38 @@ class Engine:
         return self._open
 
     def drop(self) -> None:
-        """Forgets the gradients of a step that is not made."""
-        self._open = False
-        self.capture = None
-        self.ok = None
-
-    def skipped(self) -> None:
-        """The step was not made, for what its gradients are: nothing has happened."""
-        self.drop()
-        if self.directions is not None:
+        """The step is not made: its gradients are forgotten, states are as before it."""
+        if self.running:
+            return  # zero_grad() inside a closure: there is nothing to reset yet
+        self.solves.undo()
+        if self.directions is not None and self._begun:
             self.directions.rewind()
+        self._close()
 
     def stepped(self) -> None:
         """The step was made."""
-        self.drop()
+        if self._record_args is not None and self.roles is not None:
+            if self.history is None:
+                device = self.roles.params[0].device
+                self.history = History(self.options.history, self.roles.tasks, device)
+            self.history.record(**self._record_args)
+        self.solves.made()
+        self._close()
         self.steps += 1
+
+    def _close(self) -> None:
+        self._open = self._begun = self._guarded = False
+        self.capture = self.ok = self.scale = self._record_args = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether a skipped step must be known on the host: something is counted or drawn there."""
+        sharpness, options = self.options.sharpness, self.options
+        return (
+            options.weights_every > 1
+            or isinstance(sharpness, SAMO)
+            or (isinstance(sharpness, SAM) and (sharpness.every > 1 or sharpness.warmup > 0))
+        )
 
     def poll(self) -> None:
         """Looks at flags of earlier steps that have arrived from the device."""
@@ -176,27 +197,36 @@ class Engine:
                 "backward must be given all micro-batches of a step at once with sharpness, as a list "
                 "of closures; call step() or zero_grad() first"
             )
+        if more and (scale is None) != (self.scale is None):
+            raise RuntimeError(
+                "backward must be given the scaler for every micro-batch of a step, or none"
+            )
         if more:
-            self.solves.again()
+            self.solves.undo()
         else:
             self.drop()
             self.solves.begin()
-        if self.directions is not None and not more:
-            self.directions.begin()
+            if self.directions is not None:
+                self.directions.begin()
+        self._begun, self.scale = True, scale
         undoing = scale is not None or self.options.nonfinite == "skip"
         guarded = bool(radii) or (undoing and passes.repeatable)
         random = self._generators().state() if guarded else None
-        if guarded and not more:
+        if guarded and not self._guarded:
             self._before.save()
+            self._guarded = True
         self.ok = None
+        self.running = True
         try:
             self._passes(passes, radii, scale)
         except BaseException:
-            self.skipped()
+            self.running = False
+            self.drop()
             if guarded:
                 self._before.restore()
                 self._generators().set(random)
             raise
+        self.running = False
         if self.ok is not None:
             self.solves.undo_unless(self.ok)
             if guarded:
@@ -211,11 +241,17 @@ class Engine:
         sharpness = self.options.sharpness
         if self._loaded is not None:
             self._take_loaded()
-        every = self.options.weights_every
-        reuse = self.steps % every != 0 and bool(self.weights) and self.roles is not None
+        if self.roles is not None and self._changed(self.roles):
+            self._carry_over(self.roles)
         apart = not radii  # no perturbed pass at this step
+        if apart and self.roles is not None:
+            for block in self.roles.blocks:
+                block.has_flat = False  # without a radius there is no flat part
         if isinstance(sharpness, SAM) and self.steps % sharpness.every and self._has_flat():
             apart = True
+        needed = {"loss"} if apart or _aggregates(sharpness, "direct") else {"loss", "flat"}
+        due = self.steps % self.options.weights_every == 0
+        reuse = not due and self.roles is not None and needed <= self.weights.keys()
         if apart and reuse:
             weighted(self, passes, scale)
         elif apart and isinstance(self.options.jacobian, Representation):
@@ -242,7 +278,6 @@ class Engine:
 
     def _roles_for(self, losses: TaskLosses) -> tuple[Roles, TaskLosses]:
         """The roles, and the losses in their order of tasks."""
-        params = self._trainable()
         roles = self.roles
         if roles is not None and set(losses.names) == set(roles.tasks):
             losses = losses.in_order(roles.tasks)
@@ -258,16 +293,40 @@ class Engine:
                 "them, nothing after it), or name the shared parameters with shared=",
                 stacklevel=outside(),
             )
-        if (
-            roles is None
-            or list(map(id, params)) != list(map(id, roles.params))
-            or any(block.stale() for block in roles.blocks)
-        ):
-            roles = self._make_roles(params, losses.names)
+        if roles is None:
+            check_checkpoints([losses.output(task) for task in losses.present])
+            roles = self._make_roles(self._trainable(), losses.names)
+        elif self._changed(roles):
+            raise RuntimeError(
+                "params must stay as they are between the micro-batches of a step, got other ones"
+            )
         return roles, losses
 
+    def _changed(self, roles: Roles) -> bool:
+        """Whether other parameters are trained than ``roles`` knows, or they lie otherwise."""
+        params = self._trainable()
+        return list(map(id, params)) != list(map(id, roles.params)) or any(
+            block.stale() for block in roles.blocks
+        )
+
+    def _carry_over(self, roles: Roles) -> None:
+        """New roles for the parameters as they are now, with what is known of them."""
+        if self.capture is not None:
+            raise RuntimeError(
+                "params must stay as they are between the micro-batches of a step, got other ones"
+            )
+        params = self._params()
+        self.roles = load_roles(save_roles(roles, params), params, self._make_roles)
+
     def _make_roles(self, params: Sequence[Tensor], tasks: list[Any]) -> Roles:
-        return Roles(params, tasks, self._named, self.label, self._layout)
+        options = self.options
+        layout = Layout(
+            row_dtype=options.row_dtype,
+            exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
+            both=_aggregates(options.sharpness, "each"),
+            ends=_aggregates(options.sharpness, "second"),
+        )
+        return Roles(params, tasks, self._named, self.label, layout)
 
     def clean_passes(self, passes: Passes) -> Iterator[tuple[Roles, TaskLosses]]:
         """Every micro-batch's roles and losses; notes the losses."""
@@ -371,6 +430,8 @@ class Engine:
                 block.update.masked_fill_(~finite[task].to(block.device), 0)
             for k, view in zip(index, block.views(block.update), strict=True):
                 if k in reached:
+                    # A tensor of its own: p.grad.data = ... (as Module.to does) leaves the view alone.
+                    view = view.detach()
                     roles.params[k].grad = view
                     self._written.append((roles.params[k], view, view._version))
 
@@ -403,8 +464,6 @@ class Engine:
             self._radius.look(clean, rise, squares)
         if not self.options.history:
             return
-        if self.history is None:
-            self.history = History(self.options.history, roles.tasks, device)
         norms = None if squares is None else squares.sqrt()
         if norms is not None and scale is not None:
             norms = norms / scale.to(norms.device)
@@ -417,7 +476,7 @@ class Engine:
             # a task that is missing has no weight of 0 and no gradient of length 0: it has none
             return None if values is None else torch.where(missing, torch.nan, values.to(device))
 
-        self.history.record(
+        self._record_args = dict(
             losses=clean,
             weights=None if found is None else shown(found.weights),
             flat_weights=None if found is None else shown(found.flat),
@@ -425,7 +484,7 @@ class Engine:
             gram=None if found is None else found.gram,
             sharpness=rise,
             status=None if status is None else status.bits,
-            flat_status=None if flat_status is None else flat_status.bits,
+            flat_status=None if flat_status is None else _all_bits(flat_status.bits),
             residual=None if status is None else status.residual,
         )
 
@@ -463,6 +522,11 @@ class Engine:
 
 def _aggregates(sharpness: Sharpness | None, how: str) -> bool:
     return isinstance(sharpness, SAM) and sharpness.aggregate == how
+
+
+def _all_bits(bits: Tensor) -> Tensor:
+    """The status bits of every problem of a batch together, 0-dim."""
+    return functools.reduce(torch.bitwise_or, bits.reshape(-1).unbind())
 
 
 def _vector(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:

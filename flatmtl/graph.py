@@ -66,6 +66,24 @@ def reached(
 
 def leading_to(outputs: Sequence[Output], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Those of ``tensors`` that some output depends on."""
+    seen = _nodes(outputs)
+    return [t for t in tensors if t.grad_fn in seen]
+
+
+def check_checkpoints(outputs: Sequence[Output]) -> None:
+    """Refuses reentrant activation checkpoints, below which torch.autograd.grad finds nothing.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(outputs)):
+        raise RuntimeError(
+            "closure must use torch.utils.checkpoint with use_reentrant=False: a reentrant checkpoint "
+            "gives no gradient to what it holds unless backward() runs over the whole graph"
+        )
+
+
+def _nodes(outputs: Sequence[Output]) -> set[Node]:
     seen: set[Node] = set()
     waiting = [node for node, _ in map(_origin, outputs) if node is not None]
     while waiting:
@@ -73,4 +91,4 @@ def leading_to(outputs: Sequence[Output], tensors: Sequence[Tensor]) -> list[Ten
         if node not in seen:
             seen.add(node)
             waiting.extend(n for n, _ in node.next_functions if n is not None)
-    return [t for t in tensors if t.grad_fn in seen]
+    return seen

@@ -178,10 +178,16 @@ def read_losses(losses: object, *, graph: bool = True) -> TaskLosses:
     return TaskLosses(names, list(tensors), [_detached(t) for t in tensors], values, together)
 
 
+_TAKES_OUT = ("SelectBackward0", "UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0")
+
+
 def _is_entry(loss: Tensor | None) -> bool:
     """Whether the loss was taken out of a larger tensor."""
     node = None if loss is None else loss.grad_fn
-    return node is not None and node.name() in ("SelectBackward0", "UnbindBackward0")
+    if node is None or node.name() not in _TAKES_OUT:
+        return False
+    sizes = getattr(node, "_saved_self_sym_sizes", None)  # of a select
+    return sizes is None or any(size != 1 for size in sizes)
 
 
 def _detached(loss: Tensor | None) -> Tensor | None:

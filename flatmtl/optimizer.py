@@ -390,15 +390,20 @@ class MultiTaskOptimizer(Optimizer):
             losses = self.backward(closure)
         elif not self._engine.is_open:
             raise RuntimeError("closure must be given, or backward(losses) called before step()")
+        elif self._engine.scale is not None and found_inf is None:
+            raise RuntimeError(
+                "step must come through scaler.step(optimizer) after backward(losses, scaler=scaler): the "
+                "gradients are scaled"
+            )
         try:
-            made = amp.step(self.base_optimizer, self, self._engine.ok)
+            made = amp.step(self.base_optimizer, self, self._engine.ok, on_host=self._engine.counts)
         except BaseException:
             self._engine.drop()
             raise
         if made:
             self._engine.stepped()
         else:
-            self._engine.skipped()
+            self._engine.drop()
         return losses
 
     @_eager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ class Representation:
             if isinstance(hook, Recorder):
                 return hook
         recorder = Recorder()
-        self.module.register_forward_hook(recorder)
+        handle = self.module.register_forward_hook(recorder)
+        weakref.finalize(self, handle.remove)  # or the module would go on noting graphs
         return recorder
 
     def take(self, losses: Sequence[Output]) -> list[Tensor]:

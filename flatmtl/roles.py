@@ -113,12 +113,16 @@ class Roles:
         for k, grad in enumerate(grads):
             if grad is None or task in self._reach[k]:
                 continue
-            if grad.layout != self.params[k].layout:
-                raise ValueError(
-                    f"{self._label(self.params[k])} must have a dense gradient, got layout {grad.layout}"
-                )
+            self.check_dense(k, grad)
             fresh = self.note_reach(task, k) or fresh
         return fresh
+
+    def check_dense(self, k: int, grad: Tensor) -> None:
+        """Raises ValueError if the gradient of parameter ``k`` is sparse."""
+        if grad.layout != self.params[k].layout:
+            raise ValueError(
+                f"{self._label(self.params[k])} must have a dense gradient, got layout {grad.layout}"
+            )
 
     def note_reach(self, task: int, k: int) -> bool:
         """Notes that a task reaches parameter ``k``. True if the roles have to be settled (again).
@@ -196,9 +200,29 @@ class Roles:
             shared = self._block(shared_index, rows, both=layout.both, ends=layout.ends)
         own = {task: self._block(index, 1) for task, index in own_index.items()}
         # Nothing has changed up to here, should a role not hold.
+        flats = self.flats()
         self.shared, self.shared_index = shared, shared_index
         self.own, self.own_index = own, own_index
         self.settled = True
+        self.put_flats(flats)
+
+    def flats(self) -> dict[int, Tensor]:
+        """id(parameter) -> its segment of the flat part that is kept, where one is."""
+        return {
+            id(param): view
+            for block in self.blocks
+            if block.has_flat
+            for param, view in zip(block.params, block.views(block.kept), strict=True)
+        }
+
+    def put_flats(self, flats: dict[int, Tensor]) -> None:
+        """Takes up what ``flats`` gave; a parameter that it lacks has a flat part of zero."""
+        for block in self.blocks:
+            kept = [flats.get(id(p)) for p in block.params]
+            if any(one is not None for one in kept):
+                pairs = zip(kept, block.params, strict=True)
+                block.pack(block.kept, [None if f is None else f.to(p) for f, p in pairs])
+                block.has_flat = True
 
     def _is_exempt(self, k: int) -> bool:
         return id(self.params[k]) in self._layout.exempt

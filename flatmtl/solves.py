@@ -29,12 +29,16 @@ class Solves:
         self._before = {}
         self.statuses = {}
 
-    def again(self) -> None:
-        """The same step anew, with more gradients: the states are taken back."""
+    def undo(self) -> None:
+        """The states are as they were before the step, which is not made or begins anew."""
         for states, copies in self._before.values():
             for state, copy in zip(states, copies, strict=True):
                 state.copy_(copy)
-        self.begin()
+        self._before = {}
+
+    def made(self) -> None:
+        """The step was made: the states are what they are."""
+        self._before = {}
 
     def undo_unless(self, ok: Tensor) -> None:
         """Takes the states back where ``ok`` (bool, 0-dim) is false; nothing is read."""

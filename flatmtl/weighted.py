@@ -12,12 +12,12 @@ from flatmtl.roles import Roles
 # largest weight, or its own parameters would get no gradient; and where all weights are zero, so much.
 # Under a loss scale the pass runs in float16, whose range is short.
 SHARE, LEAST = 2.0**-60, 2.0**-80
-SHARE_SCALED, LEAST_SCALED = 2.0**-20, 2.0**-30
+SHARE_SHORT, LEAST_SHORT = 2.0**-20, 2.0**-30
 
 
-def _seeds(weights: Tensor, *, scaled: bool) -> Tensor:
-    """float64 [T]: the weights, those next to zero raised."""
-    share, floor = (SHARE_SCALED, LEAST_SCALED) if scaled else (SHARE, LEAST)
+def _seeds(weights: Tensor, *, short: bool) -> Tensor:
+    """float64 [T]: the weights, those next to zero raised, for a range of float16 if ``short``."""
+    share, floor = (SHARE_SHORT, LEAST_SHORT) if short else (SHARE, LEAST)
     least = (weights.abs().max() * share).clamp(min=floor)
     sign = torch.where(weights < 0, -1.0, 1.0)
     return torch.where(weights.abs() < least, sign * least, weights)
@@ -37,7 +37,7 @@ class WeightedBackward:
 
     def __init__(self, roles: Roles, weights: Tensor, scale: Tensor | None) -> None:
         self._roles = roles
-        self._seeds = _seeds(weights, scaled=scale is not None)
+        self._seeds = _seeds(weights, short=scale is not None)
         self._scale = scale
         self._begun = False
         self.shared_sq: Tensor | None = None
@@ -79,7 +79,10 @@ class WeightedBackward:
             allow_unused=True,
         )
         of = dict(zip(index, grads, strict=True))
-        self.reached.update(k for k, g in of.items() if g is not None)
+        for k, grad in of.items():
+            if grad is not None:
+                roles.check_dense(k, grad)
+                self.reached.add(k)
         if roles.shared is not None and row is not None:
             chosen = [of[k] for k in roles.shared_index]
             self.shared_sq = roles.shared.pack(row, chosen, accumulate=self._begun)

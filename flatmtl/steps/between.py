@@ -11,8 +11,10 @@ from flatmtl.families import Found
 from flatmtl.losses import added_entries
 from flatmtl.passes import Passes
 from flatmtl.representation import Representation
+from flatmtl.roles import Roles
 from flatmtl.sharpness import SAM, Radii
 from flatmtl.steps.away import away, keep_flat, keep_own_flat, perturb
+from flatmtl.steps.reach import follow
 from flatmtl.weighted import WeightedBackward
 
 if TYPE_CHECKING:
@@ -24,8 +26,9 @@ def weighted(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     for roles, losses in engine.clean_passes(passes):
         if not isinstance(engine.capture, WeightedBackward):
             engine.capture = WeightedBackward(roles, engine.weights["loss"], scale)
-        row = None if roles.shared is None else roles.shared.update
-        engine.capture.add(losses, row, perturbed=False, retain_graph=False, own=True)
+        follow(roles, losses, [(engine.capture, _update)])
+        engine.roles = roles
+        engine.capture.add(losses, _update(roles), perturbed=False, retain_graph=False, own=True)
     if isinstance(engine.options.jacobian, Representation):
         engine.options.jacobian.forget()
     backward, known = engine.capture, engine.roles
@@ -56,13 +59,13 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
     a = engine.weights["loss"]
     b = engine.weights["flat"] if decomposed else a
     first, minus = WeightedBackward(roles, a, scale), WeightedBackward(roles, b, scale)
-    shared = roles.shared
     for _, losses in engine.clean_passes(passes):
-        row = None if shared is None else shared.jac[0]
-        first.add(losses, row, perturbed=False, retain_graph=decomposed, own=True)
-        if decomposed and shared is not None:
-            minus.add(losses, shared.update, perturbed=False, retain_graph=False, own=False)
+        follow(roles, losses, [(first, _first), (minus, _update)])
+        first.add(losses, _first(roles), perturbed=False, retain_graph=decomposed, own=True)
+        if decomposed and roles.shared is not None:
+            minus.add(losses, _update(roles), perturbed=False, retain_graph=False, own=False)
     engine.capture = first
+    shared = roles.shared
     finite = engine.finite_tasks(roles, first.shared_norm(), first.own_sq)
     engine.check_finite(roles, finite, scale)
     own = [
@@ -101,3 +104,11 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
             keep_own_flat(block, block.update, finite[task], scale)
     engine.write_grads(roles, first.reached, set(last.own_sq), finite)
     engine.record(roles, Found(a, b if decomposed else None), None, scale, after)
+
+
+def _update(roles: Roles) -> Tensor | None:
+    return None if roles.shared is None else roles.shared.update
+
+
+def _first(roles: Roles) -> Tensor | None:
+    return None if roles.shared is None else roles.shared.jac[0]

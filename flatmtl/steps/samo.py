@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flatmtl import graph
 from flatmtl.passes import Passes
 from flatmtl.roles import Roles
 from flatmtl.sharpness import Radii
 from flatmtl.steps.away import perturb, perturbed_passes, with_perturbed
+from flatmtl.steps.reach import follow
 from flatmtl.weighted import WeightedBackward
 
 if TYPE_CHECKING:
@@ -23,20 +23,11 @@ def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> 
     assert engine.directions is not None
     directions = engine.directions
     for roles, losses in engine.clean_passes(passes):
-        outputs = [losses.output(task) for task in losses.present]
-        fresh = False
-        for task, hits in zip(losses.present, graph.reached(outputs, roles.params), strict=True):
-            for k in sorted(hits):
-                fresh = roles.note_reach(task, k) or fresh
-        roles.end_pass(losses.present, keep=True)
         if not isinstance(engine.capture, WeightedBackward):
             device = roles.params[0].device
             ones = torch.ones(len(roles.tasks), dtype=torch.float64, device=device)
             engine.capture = WeightedBackward(roles, ones, scale)
-        if fresh or not roles.settled:
-            earlier = engine.capture.unpack(_mean(roles))
-            roles.settle()
-            engine.capture.repack(earlier, _mean(roles))
+        follow(roles, losses, [(engine.capture, _mean)])
         engine.capture.add(losses, _mean(roles), perturbed=False, retain_graph=False, own=True)
         engine.roles = roles
     mean = engine.capture
