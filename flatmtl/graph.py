@@ -41,9 +41,8 @@ def reached(
             if node in masks:
                 waiting.pop()
                 continue
-            leaf = getattr(node, "variable", None)
-            if leaf is not None:
-                masks[node] = bit.get(id(leaf), 0)
+            if node.name() == "torch::autograd::AccumulateGrad":
+                masks[node] = bit.get(id(node.variable), 0)  # type: ignore[attr-defined]
                 continue
             onward = [n for n, _ in node.next_functions if n is not None]
             missing = [n for n in onward if n not in masks]
