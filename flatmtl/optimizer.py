@@ -60,7 +60,8 @@ class MultiTaskOptimizer(Optimizer):
             task is left out of that step as with "mask" and the error comes from a later call. "mask":
             the task is left out (weight 0, own parameters' gradient 0); ``last_status()`` tells. "skip":
             the step changes nothing (this reads a flag from the device unless the base optimizer takes
-            ``found_inf`` itself, as the fused ones do). Under a GradScaler it is always "skip".
+            ``found_inf`` itself, as the fused ones do, and nothing is counted: no interval, warm-up or
+            SAMO). Under a GradScaler it is always "skip".
         jacobian: how the tasks' gradients are taken: "sequential", a backward pass each; "batched" or
             ``Batched(chunk)``, several at once by vectorisation; ``Representation(module)``, at the output
             of a module, with one backward pass through what stands before it (not with sharpness).
