@@ -120,7 +120,8 @@ class SAMO:
     of the mean loss and z_i a random direction in which two forward passes without gradient found task
     i's loss to rise (SPSA). The weighting is applied once, to the gradients s_i at the perturbed
     parameters; a task's own parameters are perturbed along their own gradient. A step is 1 forward and 1
-    backward, 2T forwards without gradient, T forwards and T backwards.
+    backward, 2T forwards without gradient, T forwards and T backwards. One task whose gradient is not
+    finite spoils the mean gradient: with ``nonfinite="mask"`` the step then leaves all of them out.
 
     Args:
         rho: radius (1e-3 in the authors' scripts with FairGrad; 1e-5 for QM9). The default of the groups'
