@@ -8,26 +8,13 @@ from torch import Tensor
 from flatmtl.losses import TaskLosses
 from flatmtl.roles import Roles
 
-# A task whose weight is next to zero still goes through the backward pass, with this share of the
-# largest weight, or its own parameters would get no gradient; and where all weights are zero, so much.
-# Under a loss scale the pass runs in float16, whose range is short.
-SHARE, LEAST = 2.0**-60, 2.0**-80
-SHARE_SHORT, LEAST_SHORT = 2.0**-20, 2.0**-30
-
-
-def _seeds(weights: Tensor, *, short: bool) -> Tensor:
-    """float64 [T]: the weights, those next to zero raised, for a range of float16 if ``short``."""
-    share, floor = (SHARE_SHORT, LEAST_SHORT) if short else (SHARE, LEAST)
-    least = (weights.abs().max() * share).clamp(min=floor)
-    sign = torch.where(weights < 0, -1.0, 1.0)
-    return torch.where(weights.abs() < least, sign * least, weights)
-
 
 class WeightedBackward:
     """Backward passes of sum_i weights_i L_i, added up over the micro-batches.
 
-    The shared parameters' gradient goes to a row of the shared block, a task's own one to its block's
-    first row, still multiplied with its seed until ``own_gradient`` takes that out.
+    The shared parameters' gradient goes to a row of the shared block. A task's own one, unweighted, goes
+    to its block's first row, from a pass of its own, which ends where the shared parameters begin: so
+    that a task of weight zero learns on.
 
     Args:
         roles: settled.
@@ -37,7 +24,7 @@ class WeightedBackward:
 
     def __init__(self, roles: Roles, weights: Tensor, scale: Tensor | None) -> None:
         self._roles = roles
-        self._seeds = _seeds(weights, short=scale is not None)
+        self._weights = weights
         self._scale = scale
         self._begun = False
         self.shared_sq: Tensor | None = None
@@ -65,20 +52,18 @@ class WeightedBackward:
         """
         roles = self._roles
         tasks = losses.present
-        index = list(roles.shared_index)
-        if own:
-            index += [k for task in tasks for k in roles.own_index.get(task, [])]
-        grads = torch.autograd.grad(
-            [losses.output(task) for task in tasks],  # type: ignore[arg-type]
-            [roles.params[k] for k in index],
-            grad_outputs=[
-                losses.seed(task, self._scale) * self._seeds[task].to(losses.seed(task, None))
-                for task in tasks
-            ],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-        of = dict(zip(index, grads, strict=True))
+        ones = [losses.seed(task, self._scale) for task in tasks]
+        of: dict[int, Tensor | None] = {}
+        index = [k for task in tasks for k in roles.own_index.get(task, [])] if own else []
+        if index:  # first: the other pass may free the graph
+            keep = retain_graph or bool(roles.shared_index)
+            of.update(zip(index, self._pass(losses, ones, index, keep), strict=True))
+        if roles.shared_index:
+            index = roles.shared_index
+            seeds = [
+                one * self._weights[task].to(one) for one, task in zip(ones, tasks, strict=True)
+            ]
+            of.update(zip(index, self._pass(losses, seeds, index, retain_graph), strict=True))
         for k, grad in of.items():
             if grad is not None:
                 roles.check_dense(k, grad)
@@ -94,6 +79,17 @@ class WeightedBackward:
                 self.own_sq[task] = block.pack(target, chosen, accumulate=task in self.own_sq)
         self.present.update(tasks)
         self._begun = True
+
+    def _pass(
+        self, losses: TaskLosses, seeds: list[Tensor], index: list[int], retain_graph: bool
+    ) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            [losses.output(task) for task in losses.present],  # type: ignore[arg-type]
+            [self._roles.params[k] for k in index],
+            grad_outputs=seeds,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
 
     def shared_norm(self) -> Tensor:
         """The squared norm of the shared row, float64 0-dim; 0 if nothing is shared."""
@@ -125,9 +121,3 @@ class WeightedBackward:
             for task, index in roles.own_index.items()
             if any(k in grads for k in index)
         }
-
-    def own_gradient(self, task: int, row: Tensor, out: Tensor) -> Tensor:
-        """``out`` [P] <- the gradient of the task's own parameters, from its row; its squared norm."""
-        seed = self._seeds[task].to(row.device)
-        torch.div(row, seed, out=out)
-        return self.own_sq[task] / seed.square()

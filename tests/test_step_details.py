@@ -178,7 +178,7 @@ def test_a_sharp_step_that_raises_leaves_no_flat_part(scaled, rng):
         np.testing.assert_allclose(a, 3 * b, rtol=1e-9)
 
 
-@pytest.mark.parametrize("largest, scale", [(64.0, 1.0), (0.0, 2.0**24)])
+@pytest.mark.parametrize("largest, scale", [(64.0, 1.0), (0.0, 16.0)])
 def test_float16_does_not_lose_a_task_of_weight_zero(largest, scale, rng):
     """Between two solves under autocast: its own parameters get their own gradient."""
     trunk = nn.Sequential(nn.Linear(6, 8), nn.Tanh())

@@ -42,7 +42,7 @@ def weighted(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
         engine.add_flat(roles.shared, scale)
     for task in backward.own_sq:
         block = roles.own[task]
-        backward.own_gradient(task, block.jac[0], block.update)
+        block.update.copy_(block.jac[0])
         engine.add_flat(block, scale)
     engine.write_grads(roles, backward.reached, set(backward.own_sq), finite)
     found = Found(engine.weights["loss"], engine.weights.get("flat"))
@@ -68,9 +68,7 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
     shared = roles.shared
     finite = engine.finite_tasks(roles, first.shared_norm(), first.own_sq)
     engine.check_finite(roles, finite, scale)
-    own = [
-        (t, first.own_gradient(t, roles.own[t].jac[0], roles.own[t].jac[0])) for t in first.own_sq
-    ]
+    own = list(first.own_sq.items())
     last = WeightedBackward(roles, b, scale)
     after: list[Tensor | None] = []
 
@@ -99,7 +97,7 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
         engine.mask_shared(roles, finite)
     for task in last.own_sq:
         block = roles.own[task]
-        last.own_gradient(task, block.sam[0], block.update)
+        block.update.copy_(block.sam[0])
         if keep:
             keep_own_flat(block, block.update, finite[task], scale)
     engine.write_grads(roles, first.reached, set(last.own_sq), finite)
