@@ -252,6 +252,8 @@ class Engine:
         needed = {"loss"} if apart or _aggregates(sharpness, "direct") else {"loss", "flat"}
         due = self.steps % self.options.weights_every == 0
         reuse = not due and self.roles is not None and needed <= self.weights.keys()
+        if self.capture is not None:  # a step stays of the kind that it began as
+            reuse = isinstance(self.capture, WeightedBackward)
         if apart and reuse:
             weighted(self, passes, scale)
         elif apart and isinstance(self.options.jacobian, Representation):

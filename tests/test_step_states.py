@@ -479,3 +479,16 @@ def test_a_parameter_first_reached_between_two_solves_is_trained(x):
     for n in range(4):
         opt.step(lambda: losses_of(net, x, (0, 1, 2))[: 2 + n % 2] + [None] * (1 - n % 2))
     assert not torch.equal(before, net["heads"][2].weight)
+
+
+def test_a_step_stays_of_the_kind_that_it_began_as(x):
+    """Without kept weights a step solves; its second micro-batch must not take them for older ones."""
+    nets = network(), network()
+    for net, halves in zip(nets, (1, 2)):
+        opt = make(net, weights_every=2)
+        opt.step(lambda: losses_of(net, x))
+        opt._engine.weights = {}
+        for _ in range(halves):
+            opt.backward([loss / halves for loss in losses_of(net, x)])
+        opt.step()
+    assert (flat(nets[0]) - flat(nets[1])).norm() <= 1e-6 * flat(nets[0]).norm()
