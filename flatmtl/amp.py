@@ -55,10 +55,8 @@ def step(base: Optimizer, told: Optimizer, ok: Tensor | None, *, on_host: bool) 
         found_inf = (~ok).to(torch.float32)
     fuses = getattr(base, "_step_supports_amp_scaling", False)
     on_device = isinstance(found_inf, Tensor) and found_inf.device.type != "cpu"
-    reads = on_host or not fuses or not on_device
-    if reads and bool(
-        found_inf
-    ):  # the read that GradScaler makes for optimizers that cannot decide
+    # The read that GradScaler makes for optimizers that cannot decide.
+    if (on_host or not fuses or not on_device) and bool(found_inf):
         return False
     if fuses:
         fused: dict[str, object] = {"found_inf": found_inf, "grad_scale": scale}

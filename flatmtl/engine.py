@@ -27,7 +27,6 @@ from flatmtl.roles import Layout, Roles
 from flatmtl.sharpness import SAM, SAMO, Radii, Sharpness, exempt_from_scaling
 from flatmtl.solves import Solves
 from flatmtl.spsa import Directions
-from flatmtl.steps.away import added_squares
 from flatmtl.steps.between import weighted, weighted_sharp
 from flatmtl.steps.plain import plain
 from flatmtl.steps.represented import represented
@@ -345,7 +344,7 @@ class Engine:
         batched = self.options.jacobian if isinstance(self.options.jacobian, Batched) else None
         for roles, losses in self.clean_passes(passes):
             if not isinstance(self.capture, Capture) or self.capture.roles is not roles:
-                self.capture = Capture(roles, roles.params[0].device)
+                self.capture = Capture(roles)
             self.capture.add(losses, batched, scale)
             self.roles = roles  # only once its roles held
         assert isinstance(self.capture, Capture)
@@ -355,9 +354,9 @@ class Engine:
 
     def finite_tasks(self, roles: Roles, shared_sq: Tensor, own_sq: dict[int, Tensor]) -> Tensor:
         """bool [T], from the squared norms of shared rows [T] or 0-dim, and of own ones."""
-        tasks = len(roles.tasks)
-        total = shared_sq + added_squares(tasks, [own_sq], shared_sq)
-        return total.isfinite().expand(tasks)
+        # a sum of squares is finite where all of them are: one look in place of one for each
+        own = roles.per_task(own_sq)
+        return (shared_sq.to(own.device) + own).isfinite()
 
     def check_finite(self, roles: Roles, finite: Tensor, scale: Tensor | None) -> None:
         """Remembers which tasks' gradients are finite ([T] bool), and acts on it as asked."""
@@ -423,8 +422,6 @@ class Engine:
         blocks += [(roles.own[t], roles.own_index[t], t) for t in roles.own]
         for block, index, task in blocks:
             if task is not None and task not in own:
-                for k in index:
-                    roles.params[k].grad = None
                 continue
             if self.ok is not None:
                 block.update.masked_fill_(~self.ok.to(block.device), torch.inf)

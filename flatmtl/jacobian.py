@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatmtl import graph
-from flatmtl.losses import Output, TaskLosses
+from flatmtl.losses import TaskLosses
 from flatmtl.representation import Representation
 from flatmtl.roles import Gradients, Roles
 from flatmtl.sharpness import check_whole
@@ -81,9 +81,8 @@ class Captured:
 class Capture:
     """Every task's gradient, added up over the micro-batches of a step."""
 
-    def __init__(self, roles: Roles, device: torch.device) -> None:
+    def __init__(self, roles: Roles) -> None:
         self.roles = roles
-        self._device = device
         self._reached: set[int] = set()
         self._shared_sq: dict[int, Tensor] = {}
         self._own_sq: dict[int, Tensor] = {}
@@ -163,14 +162,13 @@ class Capture:
     def finish(self) -> Captured:
         """What the rows hold now. The row of a task that had no loss is zero."""
         roles = self.roles
-        zero = torch.zeros((), dtype=torch.float64, device=self._device)
-        squares = []
-        for task in range(len(roles.tasks)):
-            if task not in self._packed and roles.shared is not None:
-                roles.shared.jac[task].zero_()
-            squares.append(self._shared_sq.get(task, zero) if roles.shared is not None else zero)
+        if roles.shared is not None:
+            for task in range(len(roles.tasks)):
+                if task not in self._packed:
+                    roles.shared.jac[task].zero_()
+        shared_sq = roles.per_task(self._shared_sq if roles.shared is not None else {})
         own_sq = {t: sq for t, sq in self._own_sq.items() if t in roles.own and t in self._packed}
-        return Captured(torch.stack(squares), own_sq, set(self._reached), set(self._packed))
+        return Captured(shared_sq, own_sq, set(self._reached), set(self._packed))
 
 
 def _gradients(
@@ -205,20 +203,12 @@ def _vectorised(
     scale: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """One backward pass with a lane for each of ``tasks``: gradients [lanes, *shape]."""
-    outputs: list[Output] = [losses.output(task) for task in tasks]
     seeds = [losses.seed(task, scale) for task in tasks]
     lanes = [
         torch.eye(len(tasks), dtype=seed.dtype, device=seed.device)[lane] * seed
         for lane, seed in enumerate(seeds)
     ]
-    return torch.autograd.grad(
-        outputs,  # type: ignore[arg-type]
-        params,
-        grad_outputs=lanes,
-        retain_graph=retain_graph,
-        allow_unused=True,
-        is_grads_batched=True,
-    )
+    return losses.backward(tasks, params, lanes, retain_graph=retain_graph, lanes=True)
 
 
 def capture_perturbed(

@@ -71,19 +71,47 @@ class TaskLosses:
         self, task: int, params: Sequence[Tensor], *, retain_graph: bool, scale: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The gradient of one task's loss; None for a parameter that it does not reach."""
+        return self.backward([task], params, [self.seed(task, scale)], retain_graph=retain_graph)
+
+    def backward(
+        self,
+        tasks: Sequence[int],
+        params: Sequence[Tensor],
+        seeds: Sequence[Tensor],
+        *,
+        retain_graph: bool,
+        lanes: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """One backward pass of several tasks at once.
+
+        Args:
+            tasks: which are present.
+            params: what the gradients are for.
+            seeds: what each task's backward starts with, 0-dim; with ``lanes`` [lanes].
+            retain_graph: for another pass.
+            lanes: vectorised, a gradient for each lane.
+
+        Returns:
+            The gradients; None for a parameter that no task reaches.
+
+        Raises:
+            RuntimeError: the graph is gone.
+        """
         try:
             return torch.autograd.grad(
-                self.output(task),
+                [self.output(task) for task in tasks],  # type: ignore[arg-type]
                 params,
-                grad_outputs=self.seed(task, scale),
+                grad_outputs=seeds,
                 retain_graph=retain_graph,
                 allow_unused=True,
+                is_grads_batched=lanes,
             )
         except RuntimeError as failure:
             if "through the graph a second time" in str(failure):
+                names = ", ".join(f"losses[{self.names[task]!r}]" for task in tasks)
                 raise RuntimeError(
-                    f"losses[{self.names[task]!r}] must come with its graph: the closure must not call "
-                    "backward(), which the optimizer does, and losses must not be used twice"
+                    f"{names} must come with its graph: the closure must not call backward(), which the "
+                    "optimizer does, and losses must not be used twice"
                 ) from failure
             raise
 
@@ -194,7 +222,8 @@ def _detached(loss: Tensor | None) -> Tensor | None:
     return None if loss is None else loss.detach()
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def added_loss(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """One task's losses of two micro-batches; None where it is missing from both."""
     if a is None or b is None:
         return b if a is None else a
     return a + b
@@ -206,7 +235,7 @@ def added_entries(
     """Two micro-batches' losses added task by task (None: missing); ``more`` if there was none before."""
     if not total:
         return list(more)
-    return [_sum(a, b) for a, b in zip(total, more, strict=True)]
+    return [added_loss(a, b) for a, b in zip(total, more, strict=True)]
 
 
 def added(total: Losses | None, more: Losses) -> Losses:
@@ -216,7 +245,7 @@ def added(total: Losses | None, more: Losses) -> Losses:
     if isinstance(total, Tensor) and isinstance(more, Tensor):
         return total + more
     if isinstance(total, Mapping) and isinstance(more, Mapping):
-        return {name: _sum(loss, more[name]) for name, loss in total.items()}
+        return {name: added_loss(loss, more[name]) for name, loss in total.items()}
     entries = list(more.values()) if isinstance(more, Mapping) else list(more)
     kept = list(total.values()) if isinstance(total, Mapping) else list(total)
     sums = added_entries(kept, entries)

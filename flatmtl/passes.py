@@ -34,7 +34,7 @@ class Passes:
             self._closures = list(given)
         else:
             self._losses = read_losses(given)
-        self._by_task = [_takes_tasks(c) for c in self._closures]
+        self._by_task = [takes_tasks(c) for c in self._closures]
         self.repeatable = bool(self._closures)
 
     def __len__(self) -> int:
@@ -107,7 +107,8 @@ class Passes:
             self._replay.end()
 
 
-def _takes_tasks(closure: Closure) -> bool:
+def takes_tasks(closure: Closure) -> bool:
+    """Whether the closure can be asked for single tasks."""
     # Plain functions do without inspect, which costs as much as a kernel.
     code = getattr(closure, "__code__", None)
     if code is not None and not hasattr(closure, "__wrapped__"):

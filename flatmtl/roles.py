@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -249,6 +249,12 @@ class Roles:
                 f"{param.dtype}"
             )
         return narrow
+
+    def per_task(self, squares: Mapping[int, Tensor]) -> Tensor:
+        """float64 [T] from squared norms (0-dim), 0 where a task has none."""
+        device = self.params[0].device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return torch.stack([squares.get(t, zero).to(device) for t in range(len(self.tasks))])
 
     @property
     def blocks(self) -> list[Block]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmtl.block import Block
+from flatmtl.losses import added_loss
 from flatmtl.passes import Passes
 from flatmtl.sharpness import SAMO
 
@@ -84,9 +85,7 @@ class Directions:
 def _loss(passes: Passes, tasks: list[Any], task: int) -> Tensor:
     total: Tensor | None = None
     for losses, position in passes.again(tasks, task, graph=False):
-        value = losses.detached[position]
-        assert value is not None
-        total = value if total is None else total + value
+        total = added_loss(total, losses.detached[position])
     assert total is not None  # the task had a loss in some micro-batch
     return total
 

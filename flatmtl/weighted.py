@@ -83,13 +83,8 @@ class WeightedBackward:
     def _pass(
         self, losses: TaskLosses, seeds: list[Tensor], index: list[int], retain_graph: bool
     ) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            [losses.output(task) for task in losses.present],  # type: ignore[arg-type]
-            [self._roles.params[k] for k in index],
-            grad_outputs=seeds,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        params = [self._roles.params[k] for k in index]
+        return losses.backward(losses.present, params, seeds, retain_graph=retain_graph)
 
     def shared_norm(self) -> Tensor:
         """The squared norm of the shared row, float64 0-dim; 0 if nothing is shared."""

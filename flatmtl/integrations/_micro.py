@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from flatmtl.losses import Losses
-
-
-def takes_tasks(closure: Callable[..., Any]) -> bool:
-    """Whether the closure can be asked for single tasks."""
-    return "tasks" in inspect.signature(closure).parameters
+from flatmtl.passes import takes_tasks
 
 
 def check_alone(processes: int) -> None:

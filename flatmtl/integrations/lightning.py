@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flatmtl.integrations._micro import check_alone, divide, divided, takes_tasks
+from flatmtl.integrations._micro import check_alone, divide, divided
 from flatmtl.losses import Losses
 from flatmtl.optimizer import MultiTaskOptimizer
+from flatmtl.passes import takes_tasks
 from flatmtl.sharpness import check_whole
 
 __all__ = ["MultiTaskMixin"]

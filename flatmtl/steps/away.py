@@ -11,6 +11,7 @@ from torch import Tensor
 from flatmtl.block import Block
 from flatmtl.buffers import watch_for_running_statistics
 from flatmtl.jacobian import capture_perturbed
+from flatmtl.losses import added_loss
 from flatmtl.passes import Passes
 from flatmtl.roles import Roles
 from flatmtl.sharpness import SAM, Radii
@@ -109,8 +110,7 @@ def perturbed_passes(
                 norms[task] = capture_perturbed(
                     losses, task, position, roles, scale, accumulate=task in norms
                 )
-                one, before = losses.detached[position], after[task]
-                after[task] = one if before is None or one is None else before + one
+                after[task] = added_loss(after[task], losses.detached[position])
                 losses.outputs.clear()
             if task in roles.own:
                 roles.own[task].restore()
@@ -133,27 +133,12 @@ def keep_own_flat(block: Block, sharp: Tensor, finite: Tensor, scale: Tensor | N
     keep_flat(block, scale)
 
 
-def with_perturbed(finite: Tensor, norms: dict[int, list[Tensor]]) -> Tensor:
+def with_perturbed(roles: Roles, finite: Tensor, norms: dict[int, list[Tensor]]) -> Tensor:
     """bool [T]: ``finite``, and so are the squared norms of the task's perturbed rows."""
-    of_kind = [
-        {task: squares[k] for task, squares in norms.items() if k < len(squares)} for k in (0, 1)
-    ]
-    zero = torch.zeros((), dtype=torch.float64, device=finite.device)
-    return finite & added_squares(len(finite), of_kind, zero).isfinite()
-
-
-def added_squares(tasks: int, kinds: Sequence[dict[int, Tensor]], like: Tensor) -> Tensor:
-    """float64 [T] on the device of ``like``, or its zero: squared norms (0-dim) added task by task.
-
-    A sum of squares is finite where all of them are: one look in place of one for each.
-    """
-    zero = torch.zeros_like(like[0] if like.dim() else like)
-    total = zero
-    for squares in kinds:
-        if squares:
-            present = [squares[t].to(zero.device) if t in squares else zero for t in range(tasks)]
-            total = total + torch.stack(present)
-    return total
+    total = {
+        task: torch.stack([sq.to(finite.device) for sq in sqs]).sum() for task, sqs in norms.items()
+    }
+    return finite & roles.per_task(total).isfinite()
 
 
 def _restore(*restore: Callable[[], None]) -> None:

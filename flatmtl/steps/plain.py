@@ -22,9 +22,9 @@ def plain(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
         found = engine.families(scale).plain(roles.shared, captured.shared_sq, finite)
         engine.keep_weights(found)
         engine.add_flat(roles.shared, scale)
-    own = {t: roles.own[t].jac[0] for t in captured.own_sq}
-    for task, row in own.items():
-        roles.own[task].update.copy_(row)
-        engine.add_flat(roles.own[task], scale)
-    engine.write_grads(roles, captured.reached, set(own), finite)
+    for task in captured.own_sq:
+        block = roles.own[task]
+        block.update.copy_(block.jac[0])
+        engine.add_flat(block, scale)
+    engine.write_grads(roles, captured.reached, set(captured.own_sq), finite)
     engine.record(roles, found, captured.shared_sq, scale)

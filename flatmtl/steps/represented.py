@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from flatmtl import graph
@@ -58,8 +57,7 @@ def _at_features(
 ) -> None:
     """One micro-batch's gradients, from the features' and back through the trunk."""
     at, present = features.block, losses.present
-    zero = torch.zeros((), dtype=torch.float64, device=at.device)
-    squares = [zero] * len(roles.tasks)
+    squares: dict[int, Tensor] = {}
     own_sq: dict[int, Tensor] = {}
     reached: set[int] = set()
     for task in range(len(roles.tasks)):
@@ -67,19 +65,18 @@ def _at_features(
             at.jac[task].zero_()
             continue
         index = roles.own_index.get(task, [])
-        grads = torch.autograd.grad(
-            losses.output(task),
+        grads = losses.gradients(
+            task,
             [*features.tensors, *(roles.params[k] for k in index)],
-            grad_outputs=losses.seed(task, scale),
             retain_graph=task != present[-1],
-            allow_unused=True,
+            scale=scale,
         )
         count = len(features.tensors)
         squares[task] = at.pack(at.jac[task], grads[:count])
         if index:
             own_sq[task] = roles.own[task].pack(roles.own[task].jac[0], grads[count:])
             reached.update(index)
-    shared_sq = torch.stack(squares)
+    shared_sq = roles.per_task(squares)
     finite = engine.finite_tasks(roles, shared_sq, own_sq)
     engine.check_finite(roles, finite, scale)
     found = engine.families(scale).plain(at, shared_sq, finite)

@@ -46,7 +46,7 @@ def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> 
         perturb(engine, roles, row, sq, own, radii)
 
     after, norms = perturbed_passes(engine, passes, roles, mean.present, move, scale)
-    finite = with_perturbed(finite, norms)
+    finite = with_perturbed(roles, finite, norms)
     engine.check_finite(roles, finite, scale)
     found = None
     if roles.shared is not None:
@@ -54,13 +54,8 @@ def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> 
     for task in mean.own_sq:
         roles.own[task].update.copy_(roles.own[task].sam[0])
     engine.write_grads(roles, mean.reached, set(mean.own_sq), finite)
-    engine.record(roles, found, _row_squares(roles, norms), scale, after)
-
-
-def _row_squares(roles: Roles, norms: dict[int, list[Tensor]]) -> Tensor:
-    """float64 [T], squared norms of the perturbed shared rows."""
-    zero = torch.zeros((), dtype=torch.float64, device=roles.params[0].device)
-    return torch.stack([norms[t][0] if t in norms else zero for t in range(len(roles.tasks))])
+    squares = roles.per_task({task: rows[0] for task, rows in norms.items()})
+    engine.record(roles, found, squares, scale, after)
 
 
 def _mean(roles: Roles) -> Tensor | None:

@@ -28,7 +28,7 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
         perturb(engine, roles, shared, captured.shared_sq[task], own, radii)
 
     after, norms = perturbed_passes(engine, passes, roles, captured.present, move, scale)
-    finite = with_perturbed(finite, norms)
+    finite = with_perturbed(roles, finite, norms)
     engine.check_finite(roles, finite, scale)
     found = None
     if roles.shared is not None:
