@@ -79,7 +79,7 @@ class Meter:
         self._buffers = BufferKeeper(model)
         self._watched = False
         self._way: tuple[Block, LookAhead] | None = None
-        self._members: list[list[int]] = []
+        self._members: list[tuple[list[int], Tensor]] = []  # positions; ones and zeros, [T]
         self._last = -options.every  # the step measured last
         self._pending: measure.Sample | None = None
         # of the step under way: losses, who is finite, learning rate, momentum's products with the gradients
@@ -152,9 +152,10 @@ class Meter:
         with watch_for_running_statistics(
             self._model is None and not self._watched, "look-ahead", "AffinityProbe"
         ):
-            z, joint, alone = measure.exact(
-                rows, once, self._step_of(block), lr, self._members, momentum=self.options.momentum
-            )
+            # on the device from the first measured step on
+            self._members = [(group, ones.to(device)) for group, ones in self._members]
+            way, momentum = self._step_of(block), self.options.momentum
+            z, joint, alone = measure.exact(rows, once, way, lr, self._members, momentum=momentum)
         self._watched = True
         gram = ops.gram(block.jac) * inverse.square()
         first, _ = measure.first_order(gram, before, finite, lr)
@@ -229,9 +230,12 @@ class Meter:
                         raise ValueError(
                             f"groups must hold tasks out of {list(names)}, got {name!r}"
                         )
-            self._members = [
-                [list(names).index(name) for name in group] for group in self.options.groups
-            ]
+            self._members = []
+            for group in self.options.groups:
+                positions = [list(names).index(name) for name in group]
+                ones = torch.zeros(len(names), dtype=torch.float64)
+                ones[positions] = 1.0
+                self._members.append((positions, ones))
             self.tasks = list(names)
         elif set(names) != set(self.tasks):
             raise ValueError(
