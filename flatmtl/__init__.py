@@ -4,8 +4,9 @@
 methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on their own.
 """
 
-from flatmtl import ops, plots, weighting
+from flatmtl import grouping, ops, plots, weighting
 from flatmtl.aggregation import aggregate
+from flatmtl.grouping import select_groups
 from flatmtl.history import History
 from flatmtl.jacobian import Batched
 from flatmtl.optimizer import MultiTaskOptimizer
@@ -23,7 +24,9 @@ __all__ = [
     "Representation",
     "__version__",
     "aggregate",
+    "grouping",
     "ops",
     "plots",
+    "select_groups",
     "weighting",
 ]
