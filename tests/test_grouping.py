@@ -293,12 +293,15 @@ def test_the_transposed_matrix_is_another_answer():
     assert select_groups(matrix, 3).objective == pytest.approx(0.348670398, abs=5e-10)
 
 
-def test_equal_groups_smallest_is_taken():
-    """Where all entries are equal one group does, and a pair of pairs is no better."""
-    found = select_groups(np.ones((6, 6)), 3, near_ties=4)
+@pytest.mark.parametrize("value", [1.0, 0.0, -0.1, 1e-300])
+@pytest.mark.parametrize("partition", [False, True])
+def test_equal_groups_fewest_are_taken(value, partition):
+    """Where all entries are equal one group does, and more are as good."""
+    found = select_groups(np.full((6, 6), value), 3, near_ties=4, partition=partition)
     assert found.groups == [(0, 1, 2, 3, 4, 5)]
     assert found.fewest == 1
-    assert [tie.margin for tie in found.near_ties] == [0] * 4
+    margins = [tie.margin for tie in found.near_ties]
+    assert margins == pytest.approx([0] * 4, abs=1e-15)
     assert all(len(tie.groups) > 1 for tie in found.near_ties)
 
 

@@ -75,7 +75,8 @@ def exact(
     tiers = _tiers(source, most, cost, rules, partition)
     _check_size(n, most, tiers, near_ties)
     values = source.matrix if isinstance(source, MatrixScores) else source.values
-    tolerance = TOLERANCE * n * float(np.nanmax(np.abs(values), initial=0.0))
+    largest = float(np.nanmax(np.abs(values), initial=1e-280))  # above 0 where all entries are 0
+    tolerance = TOLERANCE * n * largest
     sums, chosen, ties = core.select_exact(
         n,
         **tiers.arguments,
