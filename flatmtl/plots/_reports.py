@@ -175,8 +175,9 @@ def grouping_report(
     ]
     foot = 0.17 * len(caveats) + 0.1
     figure = _draw.figure((sum(widths), tall + 0.5 + foot), on_screen=path is None)
-    above, below = figure.subfigures(2, 1, height_ratios=[tall + 0.5, foot])
-    parts = above.subfigures(1, len(widths), width_ratios=widths)
+    halves = figure.subfigures(2, 1, squeeze=False, height_ratios=[tall + 0.5, foot])
+    above, below = halves[:, 0]
+    parts = above.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
     _affinity.heatmap(parts[0].subplots(), record.tasks, record.matrix(), "affinity")
     _groups.diagram(parts[1].subplots(), grouping, explained)
     if curves or timed:
