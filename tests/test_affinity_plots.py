@@ -9,12 +9,12 @@ import warnings
 import matplotlib
 import numpy as np
 import pytest
-from flatmtl.grouping import evaluate_groups, select_groups
 from matplotlib import pyplot
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from flatmtl import AffinityRecord, plots
+from flatmtl.grouping import evaluate_groups, select_groups
 
 matplotlib.use("Agg")
 
