@@ -64,7 +64,7 @@ def heatmap(ax: Axes, tasks: Sequence[int | str], matrix: np.ndarray, quantity: 
     for (i, j), value in np.ndenumerate(matrix / factor):
         dark = i != j and abs(value) > 0.6 * end
         ax.text(
-            j, i, _digits(value), ha="center", va="center",
+            j, i, digits(value), ha="center", va="center",
             color="white" if dark else "#555555" if i == j else "black",
             fontsize=size if abs(value) < 99.995 else 0.8 * size,
         )  # fmt: skip
@@ -83,7 +83,7 @@ def unit(end: float) -> tuple[float, str]:
     return (1.0, "") if -1 <= power <= 1 else (10.0**power, f"in $10^{{{power}}}$")
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     if np.isnan(value):
         return "–"
     if abs(value) >= 999.5:

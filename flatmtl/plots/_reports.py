@@ -235,7 +235,7 @@ def _headline(grouping: Grouping) -> str:
     number = len(grouping.groups)
     line = f"{number} {'group' if number == 1 else 'groups'} for {len(grouping.tasks)} tasks"
     line += f", mean score {grouping.objective:.4g}"
-    return line if grouping.exact else f"{line} (heuristic; at best {grouping.bound:.4g})"
+    return line if grouping.exact else f"{line} (not proven best: bound {grouping.bound:.4g})"
 
 
 def _checked(record: AffinityRecord) -> AffinityRecord:
