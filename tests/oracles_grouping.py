@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations
 
 
@@ -70,3 +71,27 @@ class Brute:
             if len(ranked) == 1 or ranked[0][0] > ranked[1][0] + 1e-11:
                 needed.add(ranked[0][1])
         return total, len(needed) == len(scores)
+
+
+def best_by_recursion(n, candidates, k) -> float:
+    """The largest sum of scores with at most k groups, for more tasks: the lowest unserved task goes to
+    some group that serves it and some others."""
+    value: dict[frozenset, float] = {}
+    for group, scores, _ in candidates:
+        for served in (
+            frozenset(s) for m in range(1, len(group) + 1) for s in combinations(group, m)
+        ):
+            total = sum(scores[t] for t in served)
+            value[served] = max(total, value.get(served, -float("inf")))
+    holding = [[s for s in value if min(s) == t] for t in range(n)]
+
+    @lru_cache(None)
+    def best(left, groups):
+        if not left:
+            return 0.0
+        if groups == 0:
+            return -float("inf")
+        parts = (s for s in holding[min(left)] if s <= left)
+        return max((value[s] + best(left - s, groups - 1) for s in parts), default=-float("inf"))
+
+    return best(frozenset(range(n)), k)

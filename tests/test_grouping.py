@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracles_grouping import Brute, candidates_of, score, subsets
+from oracles_grouping import Brute, best_by_recursion, candidates_of, score, subsets
 
 import flatmtl
 from flatmtl.grouping import evaluate_groups, select_groups
@@ -257,18 +257,25 @@ def test_more_groups_than_tasks(rng):
     check(found, 4, candidates_of(matrix, False), 4, near=2)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 8])
-def test_many_groups_reach_every_tasks_best_partner(rng, k):
-    """Eight tasks in rings of known best partners: the layers beyond the second are right."""
-    n = 8
+@pytest.mark.parametrize("rules", [False, True])
+def test_many_groups_of_more_tasks(rng, rules):
+    """All layers of the programme, over more than one of its blocks."""
+    n, k = 7, 7
     matrix = rng.normal(size=(n, n))
-    found = select_groups(matrix, k)
-    best = matrix - np.diag([np.inf] * n)
-    assert found.objective <= best.max(axis=1).mean() + 1e-12
-    if k == n:
-        assert found.objective == pytest.approx(best.max(axis=1).mean())
-    split = [select_groups(matrix, j).objective for j in range(1, k + 1)]
-    assert found.by_count == pytest.approx(split)
+    must_not = [rng.permutation(n)[:2].tolist()] if rules else []
+    candidates = candidates_of(matrix, False, must_not=must_not)
+    found = select_groups(matrix, k, must_not=must_not)
+    expected = [best_by_recursion(n, candidates, j) / n for j in range(1, k + 1)]
+    mine = [-np.inf if value is None else value for value in found.by_count]
+    assert mine == pytest.approx(expected)
+    again = select_groups(matrix, k, must_not=must_not, near_ties=3)
+    assert again.by_count == found.by_count
+    assert again.objective == pytest.approx(expected[-1])
+
+
+def test_five_groups_and_near_ties(rng):
+    matrix = rng.normal(size=(5, 5))
+    check(select_groups(matrix, 5, near_ties=4), 5, candidates_of(matrix, False), 5, near=4)
 
 
 @pytest.mark.parametrize("name", ["taskonomy_tag", "taskonomy_cs"])
@@ -407,9 +414,10 @@ def test_near_ties_of_larger_problems_are_a_sorted_list_of_neighbours(rng, n):
                 assert np.mean([s for s, _ in owners]) <= values[-1] + 1e-12
 
 
-def test_progress(rng):
+@pytest.mark.parametrize("near", [0, 2])
+def test_progress(rng, near):
     seen = []
-    select_groups(rng.normal(size=(18, 18)), 6, progress=seen.append)
+    select_groups(rng.normal(size=(18, 18)), 8, near_ties=near, progress=seen.append)
     assert seen[-1] == 1.0
     assert len(seen) > 1
     assert seen == sorted(seen)

@@ -82,7 +82,7 @@ class Layers {
   void grow() {
     const std::vector<Table>& last = layers_.back();
     std::vector<Table> next(budget_ + 1, Table(size_t{1} << n_, kNone));
-    const double share = 1.0 / planned_;
+    const double share = 0.9 / planned_;  // the rest is for near-ties
     double steps = 0;
     for (int b = 0; b <= budget_; ++b)
       for (int c = 0; c < tiers(); ++c) steps += units_[c] <= b;

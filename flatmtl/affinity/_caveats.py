@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flatmtl.affinity._names import printable
+
 if TYPE_CHECKING:
     from flatmtl.affinity.record import AffinityRecord
 
@@ -26,13 +28,12 @@ def of(record: AffinityRecord) -> list[str]:
 
 
 def _sign(record: AffinityRecord) -> list[str]:
-    look_ahead, momentum = record.metadata.get("look_ahead"), record.metadata.get("momentum")
-    if look_ahead != "optimizer" and not momentum:
+    own = record.metadata.get("look_ahead") == "optimizer"
+    if not record.metadata.get("momentum", own):
         return []
-    step = "has the optimizer's momentum" if momentum else "is the optimizer's own"
     return [
-        f"the look-ahead step {step}: what all sources have in common may decide the sign of every "
-        "entry; compare the entries of a row, and do not read a negative one as harm"
+        "the look-ahead step has the optimizer's momentum: what all sources have in common may decide "
+        "the sign of every entry; compare the entries of a row, and do not read a negative one as harm"
     ]
 
 
@@ -55,7 +56,7 @@ def _not_positive(record: AffinityRecord) -> list[str]:
     if "cosine" not in record.quantities:
         return []
     lost = (record.counts("cosine") - record.counts()).max(axis=1, initial=0)
-    rows = [f"{record.tasks[i]} ({lost[i]})" for i in np.flatnonzero(lost > 0)]
+    rows = [f"{printable(record.tasks[i])} ({lost[i]})" for i in np.flatnonzero(lost > 0)]
     if not rows:
         return []
     return [
@@ -91,7 +92,8 @@ def _pairs(record: AffinityRecord, where: np.ndarray) -> str:
     """How many of the pairs, and the first few as recipient <- source."""
     at = np.argwhere(where)
     size = len(record.tasks)
-    names = [f"{record.tasks[i]} <- {record.tasks[j]}" for i, j in at[:4]]
+    called = [printable(task) for task in record.tasks]
+    names = [f"{called[i]} <- {called[j]}" for i, j in at[:4]]
     verb = "is" if len(at) == 1 else "are"
     return f"{len(at)} of {size * (size - 1)} pairs ({_few(names, len(at))}) {verb}"
 
