@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,10 @@ def stability(
     max_groups: int,
     *,
     quantity: str = "affinity",
+    epochs: int | slice | None = None,
     draws: int = 200,
     seed: int = 0,
+    progress: Callable[[float], None] | None = None,
     **options: Any,  # noqa: ANN401
 ) -> Stability:
     """Selects again and again from matrices drawn around the measured one.
@@ -66,8 +69,10 @@ def stability(
         record: with at least two measured steps of every pair.
         max_groups: most groups.
         quantity: which matrix of the record.
+        epochs: of which epochs, as in ``AffinityRecord.matrix``.
         draws: how many.
         seed: of the draws.
+        progress: called with a fraction up to 1 after each draw.
         **options: of ``select_groups``.
 
     Returns:
@@ -78,7 +83,8 @@ def stability(
     """
     if not isinstance(draws, Integral) or isinstance(draws, bool) or draws < 1:
         raise ValueError(f"draws must be an integer of at least 1, got {draws!r}")
-    mean, error = record.matrix(quantity), record.standard_error(quantity)
+    mean = record.matrix(quantity, epochs=epochs)
+    error = record.standard_error(quantity, epochs)
     tasks = list(record.tasks)
     single = options.get("allow_single", False) or options.get("objective") == "hoa"
     used = np.ones_like(mean, dtype=bool) if single else ~np.eye(len(tasks), dtype=bool)
@@ -91,13 +97,15 @@ def stability(
     chosen: Counter[Groups] = Counter()
     together = np.zeros(mean.shape)
     place = {task: k for k, task in enumerate(tasks)}
-    for _ in range(draws):
+    for draw in range(draws):
         drawn = mean + np.nan_to_num(error) * rng.standard_normal(mean.shape)
         found = select_groups(drawn, max_groups, tasks=tasks, **options)
         chosen[tuple(sorted(found.groups, key=lambda g: [place[t] for t in g]))] += 1
         for task, group in found.served_by.items():
             for other in found.groups[group]:
                 together[place[task], place[other]] += 1
+        if progress is not None:
+            progress((draw + 1) / draws)
     return Stability(
         [(groups, count / draws) for groups, count in chosen.most_common()],
         together / draws,

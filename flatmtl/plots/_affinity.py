@@ -28,7 +28,14 @@ _FEW_PAIRS = 6
 _MANY_CELLS = 400  # from here on a few outliers may leave the scale
 
 
-def heatmap(ax: Axes, tasks: Sequence[int | str], matrix: np.ndarray, quantity: str) -> None:
+def heatmap(
+    ax: Axes,
+    tasks: Sequence[int | str],
+    matrix: np.ndarray,
+    quantity: str,
+    *,
+    normalised: bool = False,
+) -> None:
     names, count = _names.shown(tasks), len(tasks)
     others = np.where(np.isfinite(matrix), matrix, np.nan)
     np.fill_diagonal(others, np.nan)  # never used by the selection, and the eye would go there
@@ -57,7 +64,8 @@ def heatmap(ax: Axes, tasks: Sequence[int | str], matrix: np.ndarray, quantity: 
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="source (its gradient)", ylabel="recipient (its loss)")
-    ax.set_title(TITLES.get(quantity, quantity))
+    title = TITLES.get(quantity, quantity)
+    ax.set_title(f"{title}, rows normalised" if normalised else title)
     size = min(11.0, 0.31 * cell)  # points; five characters must fit in a cell
     if size < 3.5:
         return  # nobody could read them
