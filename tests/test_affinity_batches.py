@@ -1,0 +1,334 @@
+"""AffinityProbe over batches that are not alike: missing tasks, useless losses, epochs, micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from affinity_runs import KINDS, close, optimizer, run, step
+from oracle_affinity import Quadratics, Samples, as_given, total, without
+
+from flatmtl import AffinityProbe, MultiTaskOptimizer
+
+BOTH = ["plain", "pcgrad"]
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["list", "dict"])
+def test_a_missing_task_has_neither_row_nor_column(kind, form, rng):
+    problem = Quadratics(rng, 4)
+    lr = problem.safe_lr(0.05)
+    gone = [(), (1,), (0, 3), (2,), (1, 2)]
+    opt = optimizer(kind, problem.parameters(), lr)
+    probe = AffinityProbe(opt, every=1, groups=[(0, 1), (2, 3)])
+    looks = [lambda: problem.exact(lr), lambda: problem.first_order(lr), problem.cosine,
+             lambda: problem.of_groups(lr, [(0, 1), (2, 3)]),
+             lambda: problem.rounding(lr * problem.grads())]  # fmt: skip
+    seen = run(problem, probe, opt, lambda: [f() for f in looks], 5, form, lambda k: gone[k])
+    off = np.max([s[4] for s in seen], axis=0)
+    record = probe.record()
+    for quantity, q in (("affinity", 0), ("first_order", 1), ("cosine", 2)):
+        expected = Samples([without(s[q], g, g) for s, g in zip(seen, gone)])
+        close(record.matrix(quantity), expected.mean, 2 * off)
+        np.testing.assert_array_equal(record.counts(quantity), expected.count)
+        close(record.standard_error(quantity), expected.standard_error, 3 * off, rtol=1e-6)
+    # a group that lacks one of its tasks is not the group
+    lacks = [[k for k, group in enumerate([(0, 1), (2, 3)]) if set(group) & set(g)] for g in gone]
+    groups = Samples([without(s[3], g, c) for s, g, c in zip(seen, gone, lacks)])
+    close(record.group_matrix(), groups.mean, 2 * off.max())
+    np.testing.assert_array_equal(record.group_count.sum(axis=0), groups.count)
+    assert record.steps.tolist() == [5]
+
+
+def test_a_task_that_comes_late(rng):
+    """Missing from the first batches, so that no one knows yet what it shares."""
+    problem = Quadratics(rng, 3)
+    lr = problem.safe_lr(0.05)
+    for kind in BOTH:
+        opt = optimizer(kind, problem.parameters(), lr)
+        probe = AffinityProbe(opt, every=1)
+        gone = [(2,), (2,), ()]
+        seen = run(problem, probe, opt, lambda: problem.exact(lr), 3, missing=lambda k: gone[k])
+        expected = Samples([without(z, g, g) for z, g in zip(seen, gone)])
+        close(probe.record().matrix(), expected.mean, 1e-11)
+        np.testing.assert_array_equal(probe.record().counts(), expected.count)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("mode", ["exact", "first_order"])
+@pytest.mark.parametrize("value", [0.0, -1.0, -1e-3, -INF, INF, NAN])
+def test_a_useless_loss_has_no_row(kind, mode, value, rng):
+    """Its value says nothing, its gradient does: the column and all other rows are as ever."""
+    problem = Quadratics(rng, 4)
+    lr = problem.safe_lr()
+    bad = int(rng.integers(4))
+    opt = optimizer(kind, problem.parameters(), lr, wrap={"nonfinite": "mask"})
+    probe = AffinityProbe(opt, mode=mode, every=1)
+    useless = [False, True]
+
+    def closure():
+        losses = problem.losses()
+        if now:  # this value, and the gradient that it had
+            with torch.no_grad():
+                shift = torch.tensor(value, dtype=torch.float64)
+            losses[bad] = losses[bad] - losses[bad].detach() + shift
+        return losses
+
+    seen = []
+    for now in useless:
+        z = problem.exact(lr) if mode == "exact" else problem.first_order(lr)
+        seen.append(without(z, [bad] if now else []))
+        step(probe, opt, closure)
+    record = probe.record()
+    expected = Samples(seen)
+    close(record.matrix(), expected.mean, 1e-11)
+    np.testing.assert_array_equal(record.counts(), expected.count)
+    np.testing.assert_array_equal(record.counts("cosine"), np.full((4, 4), 2))
+    if mode == "exact":
+        np.testing.assert_array_equal(record.counts("first_order"), expected.count)
+    if value <= 0:
+        assert any(str(bad) in line and "positive" in line for line in record.caveats())
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_loss_that_ends_nowhere_after_a_step(kind, value, rng):
+    """Finite before, not after a step of one task: that entry alone has no sample."""
+    s = torch.nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
+    opt = optimizer(kind, [s], 0.1)
+    probe = AffinityProbe(opt, every=1)
+
+    def closure():
+        a = 0.5 * (s[0] - 3).square() + 1 + 0 * s[1]  # moves s[0] alone
+        b = 0.5 * (s[1] - 3).square() + 1 + 0 * s[0]
+        wall = 0.0 if float(s[0].detach()) == 1.0 else value
+        return [a, b + wall]
+
+    step(probe, opt, closure)
+    record = probe.record()
+    # value INF is a loss as long as losses go: an infinite fall of affinity is no sample either
+    np.testing.assert_array_equal(record.counts(), [[1, 1], [0, 1]])
+    close(
+        record.matrix(),
+        np.array([[1 - (0.5 * 1.8**2 + 1) / 3, 0], [NAN, 1 - (0.5 * 1.8**2 + 1) / 3]]),
+    )
+
+
+@pytest.mark.parametrize("mode", ["exact", "first_order"])
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("kind", ["plain", "pcgrad", "sam-decomposed"])
+def test_a_gradient_that_is_not_finite(mode, value, kind, rng):
+    """The source has no column; its loss is finite, so that exact look-aheads of others have its row."""
+    problem = Quadratics(rng, 4)
+    lr = problem.safe_lr()
+    bad = int(rng.integers(4))
+    opt = optimizer(kind, problem.parameters(), lr, wrap={"nonfinite": "mask"})
+    probe = AffinityProbe(opt, mode=mode, every=1, groups=[(0, 1)] if mode == "exact" else ())
+    z = problem.exact(lr) if mode == "exact" else problem.first_order(lr)
+
+    def closure():
+        losses = problem.losses()
+        if losses[bad].requires_grad:
+            losses[bad].register_hook(lambda g: g * value)
+        return losses
+
+    if kind == "plain":
+        total(probe(closure))
+    else:
+        step(probe, opt, closure)
+    record = probe.record()
+    expected = without(z, [bad] if mode == "first_order" else [], [bad])
+    close(record.matrix(), expected, 1e-11)
+    np.testing.assert_array_equal(record.counts(), np.isfinite(expected))
+    np.testing.assert_array_equal(record.counts("cosine"), np.isfinite(without(z, [bad], [bad])))
+    if mode == "exact" and bad < 2:
+        assert not record.group_count.any()
+    assert all(p.isfinite().all() for p in problem.parameters())
+
+
+@pytest.mark.parametrize("kind", ["plain", "pcgrad", "mgda"])
+def test_a_zero_gradient_moves_nothing(kind, rng):
+    problem = Quadratics(rng, 3)
+    lr = problem.safe_lr()
+    idle = int(rng.integers(3))
+    opt = optimizer(kind, problem.parameters(), lr)
+    probe = AffinityProbe(opt, every=1)
+    z = problem.exact(lr)
+    z[:, idle] = 0
+
+    def closure():
+        losses = problem.losses()
+        losses[idle] = losses[idle].detach() + 0 * losses[idle]
+        return losses
+
+    step(probe, opt, closure)
+    record = probe.record()
+    close(record.matrix(), z, 1e-11)
+    assert (record.matrix()[:, idle] == 0).all()
+    others = [k for k in range(3) if k != idle]
+    assert np.isfinite(record.matrix("cosine")[np.ix_(others, others)]).all()
+
+
+@pytest.mark.parametrize("kind", ["pcgrad", "sam-decomposed", "plain"])
+@pytest.mark.parametrize("mode", ["exact", "first_order"])
+def test_micro_batches_are_one_batch(kind, mode, rng):
+    """Losses and gradients are added up: L_j and the step are those of the sum."""
+    parts = [Quadratics(rng, 3) for _ in range(3)]
+    for other in parts[1:]:
+        other.shared, other.heads = parts[0].shared, parts[0].heads
+    lr = min(p.safe_lr(0.03) for p in parts)
+    opt = optimizer(kind, parts[0].parameters(), lr)
+    probe = AffinityProbe(opt, mode=mode, every=1)
+    values = sum(p.values() for p in parts)
+    g = sum(p.grads() for p in parts)
+    z = lr * g @ g.T / values[:, None]
+    if mode == "exact":
+        z = sum(p.affinity(lr * g) * p.values()[:, None] for p in parts) / values[:, None]
+    step(probe, opt, [lambda p=p: as_given("list", p.losses()) for p in parts])
+    close(probe.record().matrix(), z, 1e-11)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 10])
+def test_every_nth_step_from_the_first(kind, every, rng):
+    problem = Quadratics(rng)
+    lr = problem.safe_lr(0.05)
+    opt = optimizer(kind, problem.parameters(), lr)
+    probe = AffinityProbe(opt, every=every)
+    seen = run(problem, probe, opt, lambda: problem.exact(lr), steps=11)
+    assert (probe.steps, probe.measured) == (11, -(-11 // every))
+    record = probe.record()
+    close(record.matrix(), Samples(seen[::every]).mean, 1e-11)
+    assert record.metadata["every"] == every
+    assert record.steps.sum() == probe.measured
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_epochs_and_a_schedule(kind, rng):
+    """Each epoch has its means; each step its learning rate, by which it is divided."""
+    problem = Quadratics(rng)
+    start = problem.safe_lr(0.1)
+    opt = optimizer(kind, problem.parameters(), start)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.7)
+    probe = AffinityProbe(opt, every=2)
+    lengths, rates, epochs = [4, 1, 3, 2, 1], [], []
+    for epoch, length in enumerate(lengths):
+        seen = []
+        for _ in range(length):
+            lr = opt.param_groups[0]["lr"]
+            if probe.steps % 2 == 0:
+                seen.append((problem.exact(lr), problem.exact(lr) / lr))
+                rates.append(lr)
+            step(probe, opt, problem.losses)
+            schedule.step()
+        epochs.append(seen)
+        if epoch + 1 < len(lengths):
+            probe.end_epoch()
+    record = probe.record()
+    assert record.steps.tolist() == [len(seen) for seen in epochs] == [2, 1, 1, 1, 1]
+    off = 1e-11 / start
+    for e, seen in enumerate(epochs):
+        close(record.by_epoch("affinity")[e], Samples([a for a, _ in seen]).mean, off)
+        close(record.by_epoch("affinity_per_lr")[e], Samples([b for _, b in seen]).mean, off)
+        so_far = [a for part in epochs[: e + 1] for a, _ in part]
+        close(record.running("affinity")[e], Samples(so_far).mean, off)
+        close(record.matrix(epochs=e), Samples([a for a, _ in seen]).mean, off)
+    tail = Samples([b for part in epochs[1:3] for _, b in part])
+    close(record.matrix("affinity_per_lr", epochs=slice(1, 3)), tail.mean, off)
+    np.testing.assert_allclose(record.metadata["lr"], [rates[0], rates[-1]], rtol=1e-12)
+
+
+def test_an_epoch_without_a_measured_step(rng):
+    problem = Quadratics(rng)
+    lr = problem.safe_lr(0.1)
+    opt = optimizer("plain", problem.parameters(), lr)
+    probe = AffinityProbe(opt, every=4)
+    for length in (1, 2, 2):  # steps 0 | 1 2 | 3 4
+        run(problem, probe, opt, lambda: None, steps=length)
+        probe.end_epoch()
+    record = probe.record()
+    assert record.steps.tolist() == [1, 0, 1]
+    assert np.isnan(record.by_epoch("affinity")[1]).all()
+    assert np.isfinite(record.matrix()).all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "pcgrad", "sam-each"])
+def test_groups_take_the_step_of_their_sum(kind, rng):
+    problem = Quadratics(rng, 5)
+    lr = problem.safe_lr(0.05)
+    names = ["v", "w", "x", "y", "z"]
+    places = [(0, 1), (4, 2, 0), (3,), (0, 1, 2, 3, 4)]
+    opt = optimizer(kind, problem.parameters(), lr)
+    probe = AffinityProbe(opt, every=1, groups=[tuple(names[k] for k in p) for p in places])
+    seen = []
+    for _ in range(3):
+        seen.append((problem.of_groups(lr, places), problem.exact(lr)))
+        step(probe, opt, lambda: as_given("dict", problem.losses(), names))
+    record = probe.record()
+    assert [set(g) for g in record.groups] == [{names[k] for k in p} for p in places]
+    found = Samples([g for g, _ in seen])
+    close(record.group_matrix(), found.mean, 1e-11)
+    close(record.group_standard_error(), found.standard_error, 1e-11, rtol=1e-6)
+    assert (record.group_count == 3).all()
+    close(record.matrix(), Samples([z for _, z in seen]).mean, 1e-11)
+    close(record.group_matrix()[:, 2], record.matrix()[:, 3])  # a group of one
+
+
+def test_only_these_parameters_move(rng):
+    """shared= decides, in place of what tasks reach."""
+    problem = Quadratics(rng, 3, ((3,), (2, 2)), head=0)
+    lr = problem.safe_lr()
+    for kind in BOTH:
+        opt = optimizer(
+            kind,
+            problem.parameters(),
+            lr,
+            wrap={"shared": problem.shared} if kind != "plain" else None,
+        )
+        probe = AffinityProbe(opt, every=1, shared=problem.shared[:1] if kind == "plain" else None)
+        steps = lr * problem.grads()
+        if kind == "plain":
+            steps[:, 3:] = 0
+            expected = problem.affinity(steps)
+            probe(problem.losses)
+            close(probe.record().matrix(), expected, 1e-11)
+            g = problem.grads()[:, :3]
+            close(
+                probe.record().matrix("first_order"),
+                lr * g @ g.T / problem.values()[:, None],
+                1e-11,
+            )
+        else:
+            expected = problem.affinity(steps)
+            step(probe, opt, problem.losses)
+            close(probe.record().matrix(), expected, 1e-11)
+
+
+def test_state_goes_through_a_checkpoint(rng):
+    """Saved in the middle of an epoch and loaded by a fresh probe: the record is that of one run."""
+    import io
+
+    problem = Quadratics(rng)
+    lr = problem.safe_lr(0.05)
+    for kind in BOTH:
+        opt = optimizer(kind, problem.parameters(), lr)
+        probe = AffinityProbe(opt, every=2, groups=[(0, 1)])
+        seen = run(problem, probe, opt, lambda: problem.exact(lr), steps=3)
+        probe.end_epoch()
+        seen += run(problem, probe, opt, lambda: problem.exact(lr), steps=2)
+        file = io.BytesIO()
+        torch.save(probe.state_dict(), file)
+        file.seek(0)
+        if isinstance(opt, MultiTaskOptimizer):
+            probe.detach()
+        probe = AffinityProbe(opt, every=2, groups=[(0, 1)])
+        probe.load_state_dict(torch.load(file, weights_only=True))
+        assert (probe.steps, probe.measured) == (5, 3)
+        seen += run(problem, probe, opt, lambda: problem.exact(lr), steps=3)
+        record = probe.record()
+        assert record.steps.tolist() == [2, 2]
+        close(record.matrix(), Samples(seen[::2]).mean, 1e-11)
+        close(record.by_epoch("affinity")[1], Samples([seen[4], seen[6]]).mean, 1e-11)
+        if isinstance(opt, MultiTaskOptimizer):
+            probe.detach()
