@@ -76,8 +76,9 @@ class Tied(nn.Module):
         tokens, y = batch
         h = self.block(self.embed(tokens[:, :-1]))
         pooled = h.mean(dim=1)
-        return [F.cross_entropy(self.out(h).flatten(0, 1), tokens[:, 1:].flatten()),
-                F.cross_entropy(self.heads[0](pooled), y), F.mse_loss(self.heads[1](pooled)[:, 0], 1.0 * y)]  # fmt: skip
+        word = F.cross_entropy(self.out(h).flatten(0, 1), tokens[:, 1:].flatten())
+        number = F.mse_loss(self.heads[1](pooled)[:, 0], 1.0 * y)
+        return [word, F.cross_entropy(self.heads[0](pooled), y), number]
 
     @staticmethod
     def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ A_j is the shared block of M_j' M_j. Rows are recipients, columns sources.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -183,7 +184,7 @@ def real_steps(
             {**g, "params": [twins[id(p)] for p in g["params"]]} for g in optimizer.param_groups
         ]
         copied = type(optimizer)(groups)
-        copied.load_state_dict(optimizer.state_dict())
+        copied.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it would share tensors
         at = 0
         for p in shared:
             part = torch.from_numpy(grad[at : at + p.numel()].copy())

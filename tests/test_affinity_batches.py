@@ -21,7 +21,8 @@ def test_a_missing_task_has_neither_row_nor_column(kind, form, rng):
     lr = problem.safe_lr(0.05)
     gone = [(), (1,), (0, 3), (2,), (1, 2)]
     opt = optimizer(kind, problem.parameters(), lr)
-    probe = AffinityProbe(opt, every=1, groups=[(0, 1), (2, 3)])
+    names = [0, 1, 2, 3] if form == "list" else ["t0", "t1", "t2", "t3"]
+    probe = AffinityProbe(opt, every=1, groups=[names[:2], names[2:]])
     looks = [lambda: problem.exact(lr), lambda: problem.first_order(lr), problem.cosine,
              lambda: problem.of_groups(lr, [(0, 1), (2, 3)]),
              lambda: problem.rounding(lr * problem.grads())]  # fmt: skip
