@@ -96,7 +96,7 @@ def frozen(value: Any) -> Any:
             str(value.dtype),
             tuple(value.shape),
             value.requires_grad,
-            dense.view(-1).view(torch.uint8).tolist(),
+            dense.reshape(-1).view(torch.uint8).numpy().tobytes(),
         )
     if isinstance(value, dict):
         return {str(k): frozen(v) for k, v in value.items()}

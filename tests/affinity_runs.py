@@ -14,7 +14,7 @@ from flatmtl import SAM, MultiTaskOptimizer
 from flatmtl.weighting import MGDA, Mean, PCGrad
 
 SAMS = [f"sam-{a}" for a in ("decomposed", "direct", "second", "each")]
-KINDS = ["plain", "mean", "pcgrad", "mgda", *SAMS]
+KINDS = ["plain", "mean", "pcgrad", "mgda", "batched", *SAMS]
 
 
 def optimizer(kind: str, params: Sequence[Tensor], lr: float, base: type = torch.optim.SGD,
@@ -24,7 +24,8 @@ def optimizer(kind: str, params: Sequence[Tensor], lr: float, base: type = torch
         return made
     weighting = {"mean": Mean, "mgda": MGDA}.get(kind, PCGrad)()
     sharpness = SAM(0.05, aggregate=kind[4:]) if kind.startswith("sam-") else None
-    return MultiTaskOptimizer(made, weighting=weighting, sharpness=sharpness, **(wrap or {}))
+    wrap = {"jacobian": "batched", **(wrap or {})} if kind == "batched" else wrap or {}
+    return MultiTaskOptimizer(made, weighting=weighting, sharpness=sharpness, **wrap)
 
 
 def step(probe: Any, opt: torch.optim.Optimizer, closure: Any) -> Any:
