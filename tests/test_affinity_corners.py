@@ -9,7 +9,7 @@ import pytest
 import torch
 from affinity_nets import Mixed, batches
 from affinity_runs import close, optimizer, run, step
-from oracle_affinity import Quadratics, flat, stepped, total
+from oracle_affinity import Quadratics, flat, real_steps, stepped, total
 from torch import nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -221,6 +221,34 @@ def test_a_task_that_shares_nothing(kind, rng):
     assert (record.counts("cosine")[:2, :2] == 1).all()
 
 
+@pytest.mark.parametrize("kind", ["plain", "pcgrad", "sam-decomposed"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_what_a_task_does_not_reach_stays(kind, base, rng):
+    """Shared by two of three tasks: a step on the third leaves it, weight decay and momentum too."""
+    problem, narrow = Quadratics(rng, 3), Quadratics(rng, 1, ((3,),), head=0)
+    narrow.shared = problem.shared[:1]
+    options = {"weight_decay": 0.3, **({"momentum": 0.9} if base is torch.optim.SGD else {})}
+    lr = min(problem.safe_lr(0.05), narrow.safe_lr(0.05))
+    opt = optimizer(kind, problem.parameters()[:-1], lr, base, **options)
+    probe = AffinityProbe(opt, every=1, look_ahead="optimizer", groups=[(1, 2), (0, 1)])
+    inner = opt.base_optimizer if isinstance(opt, MultiTaskOptimizer) else opt
+    expected = []
+    for _ in range(3):
+        g = problem.grads()
+        g[2] = np.concatenate([narrow.grads()[0], np.zeros(4)])
+        g = np.concatenate([g, [g[1] + g[2], g[0] + g[1]]])
+        steps = real_steps(inner, problem.shared, g)
+        alone = real_steps(inner, narrow.shared, narrow.grads())
+        steps[2] = np.concatenate([alone[0], np.zeros(4)])
+        z = problem.affinity(steps)
+        z[2] = narrow.affinity(steps[:, :3])
+        expected.append(z)
+        step(probe, opt, lambda: [*problem.losses()[:2], narrow.loss(0)])
+    z = np.mean(expected, axis=0)
+    close(probe.record().matrix(), z[:, :3], 1e-11)
+    close(probe.record().group_matrix(), z[:, 3:], 1e-11)
+
+
 @pytest.mark.parametrize("kind", BOTH)
 def test_parameters_that_are_freed_and_frozen(kind, rng):
     """Steps are taken on what is trained at that moment."""
@@ -260,6 +288,27 @@ def test_hooks_of_all_optimizers_see_one_step(kind, rng):
     for hook in hooks:
         hook.remove()
     assert calls == usual
+
+
+@pytest.mark.parametrize("kind", ["plain", "pcgrad", "sam-decomposed"])
+@pytest.mark.parametrize("look_ahead", ["sgd", "optimizer"])
+def test_no_look_ahead_where_a_gradient_is_not_finite(kind, look_ahead, rng):
+    """Nothing is run at parameters of NaN: a loss that checks its input would end the training."""
+    problem = Quadratics(rng)
+    opt = optimizer(kind, problem.parameters(), problem.safe_lr(), wrap={"nonfinite": "mask"})
+    probe = AffinityProbe(opt, every=1, look_ahead=look_ahead, groups=[(0, 1), (1, 2)])
+    seen = []
+
+    def closure():
+        seen.append(flat(problem.shared))
+        losses = problem.losses()
+        if losses[1].requires_grad:
+            losses[1].register_hook(lambda g: g * float("nan"))
+        return losses
+
+    opt.step(closure) if kind != "plain" else probe(closure)
+    assert np.isfinite(seen).all()
+    assert (probe.record().counts() == [[1, 0, 1]] * 3).all()
 
 
 class Replacing(nn.Module):
