@@ -50,6 +50,28 @@ def test_looks_ahead_see_the_same_masks(kind, micro, rng):
     assert len(shared) == 8
 
 
+@pytest.mark.parametrize("kind", ["plain", "pcgrad", "sam-decomposed"])
+def test_looks_ahead_that_draw_more(kind, rng):
+    """The next step draws as it would have, however many numbers a look-ahead took."""
+    problem = Quadratics(rng)
+    opt = optimizer(kind, problem.parameters(), problem.safe_lr())
+    probe, drawn = AffinityProbe(opt, every=2), []
+
+    def closure():
+        drawn.append(torch.rand(()).item())
+        if not torch.is_grad_enabled():
+            torch.rand(len(drawn))
+        return problem.losses()
+
+    passes = 4 if kind.startswith("sam") else 1  # of a step, in which these numbers are drawn
+    expected = torch.rand(2 * passes, generator=torch.Generator().manual_seed(3)).tolist()
+    torch.manual_seed(3)
+    step(probe, opt, closure)
+    assert drawn[1:4] == drawn[:1] * 3
+    step(probe, opt, closure)
+    assert [drawn[0], *drawn[4:]] == expected
+
+
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("mode", ["exact", "first_order"])
 @pytest.mark.parametrize("look_ahead", ["sgd", "optimizer"])
