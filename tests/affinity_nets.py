@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 
 class Mixed(nn.Module):
@@ -34,6 +36,24 @@ class Mixed(nn.Module):
     @staticmethod
     def batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
         return torch.randn(8, 5, generator=g), torch.randn(8, 6, generator=g)
+
+
+class Checkpointed(Mixed):
+    """The trunk runs again in every backward pass, with its dropout and its running statistics."""
+
+    def losses(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        x, y = batch
+        h = checkpoint(self.trunk, x, use_reentrant=False)
+        return [F.mse_loss(head(h), y[:, 2 * k : 2 * k + 2]) for k, head in enumerate(self.heads)]
+
+
+class Spectral(Mixed):
+    """A power iteration at every forward pass, in buffers of a parametrisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        spectral_norm(self.trunk[0])
+        weight_norm(self.trunk[4])
 
 
 class Conv(nn.Module):
@@ -85,7 +105,13 @@ class Tied(nn.Module):
         return torch.randint(9, (4, 6), generator=g), torch.randint(3, (4,), generator=g)
 
 
-NETS = {"mixed": Mixed, "conv": Conv, "tied": Tied}
+NETS = {
+    "mixed": Mixed,
+    "checkpointed": Checkpointed,
+    "spectral": Spectral,
+    "conv": Conv,
+    "tied": Tied,
+}
 
 
 def frozen(value: Any) -> Any:

@@ -58,6 +58,20 @@ def test_a_task_that_comes_late(rng):
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("mode", ["exact", "first_order"])
+def test_batches_of_one_task_each(kind, mode, rng):
+    """Tasks in turns, as with a data set for each: training goes on; pairs of tasks are never measured."""
+    problem = Quadratics(rng, 2)
+    opt = optimizer(kind, problem.parameters(), problem.safe_lr(0.05))
+    probe = AffinityProbe(opt, mode=mode, every=1)
+    run(problem, probe, opt, lambda: None, 4, missing=lambda k: ((k + 1) % 2,))
+    run(problem, probe, opt, lambda: None, 1)
+    counts = probe.record().counts()
+    assert counts[0, 1] == counts[1, 0] == 1
+    assert counts.diagonal().min() >= 2
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("mode", ["exact", "first_order"])
 @pytest.mark.parametrize("value", [0.0, -1.0, -1e-3, -INF, INF, NAN])
 def test_a_useless_loss_has_no_row(kind, mode, value, rng):
     """Its value says nothing, its gradient does: the column and all other rows are as ever."""
