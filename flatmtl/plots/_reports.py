@@ -167,8 +167,9 @@ def grouping_report(
         record: what the groups were selected from.
         grouping: what ``flatmtl.select_groups`` returned.
         path: where to save it, without pyplot; None: a pyplot figure, not saved.
-        quantity, epochs, normalise: which matrix they were selected from, as in
-            ``AffinityRecord.matrix``. Curves are of that quantity, over all epochs.
+        quantity: of the matrix that they were selected from; curves are of it too, over all epochs.
+        epochs: of that matrix, as in ``AffinityRecord.matrix``.
+        normalise: of that matrix, as in ``AffinityRecord.matrix``.
 
     Raises:
         ImportError: matplotlib is not installed.
