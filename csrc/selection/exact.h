@@ -1,6 +1,8 @@
 // The best selection of at most k groups, for every k up to a largest one.
 #pragma once
 
+#include <stdexcept>
+
 #include "layers.h"
 #include "near_ties.h"
 
@@ -50,6 +52,7 @@ inline void trace(const Scores& scores, Layers& layers, int k, int b, Mask set, 
         if (part == 0) break;
       }
     }
+    if (!served) throw std::logic_error("a split behind the table of sums is missing");
     groups.push_back(smallest(scores, layers, tier, served, tolerance));
     set ^= served;
     b -= layers.units(tier);

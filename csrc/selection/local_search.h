@@ -39,8 +39,7 @@ class LocalSearch {
         watch_(watch),
         block_of_(n_),
         inner_(blocks_, 0),
-        any_apart_(std::find(p_.apart, p_.apart + size_t(blocks_) * blocks_, true) !=
-                   p_.apart + size_t(blocks_) * blocks_),
+        apart_from_(blocks_),
         gain_(size_t(blocks_) * n_, 0),
         best_(n_),
         second_(n_),
@@ -52,6 +51,8 @@ class LocalSearch {
           largest = std::max(largest, std::fabs(p_.matrix[size_t(t) * n_ + j]));
     penalty_ = -4.0 * n_ * std::max(largest, 1e-300);  // below all that scores can make good
     for (int u = 0; u < blocks_; ++u) {
+      for (int v = 0; v < blocks_; ++v)
+        if (p_.apart[size_t(u) * blocks_ + v]) apart_from_[u].push_back(v);
       for (int t = 0; t < n_; ++t)
         for (const int j : p_.blocks[u])
           if (j != t) gain_[size_t(u) * n_ + t] += p_.matrix[size_t(t) * n_ + j];
@@ -310,8 +311,8 @@ class LocalSearch {
 
   // Whether block u may join group g once block `leaving` is gone (-1: none).
   bool fits(int u, int g, int leaving) const {
-    for (int v = 0; any_apart_ && v < blocks_; ++v)
-      if (in_[g][v] && v != leaving && p_.apart[size_t(u) * blocks_ + v]) return false;
+    for (const int v : apart_from_[u])
+      if (in_[g][v] && v != leaving) return false;
     return true;
   }
 
@@ -333,9 +334,9 @@ class LocalSearch {
   int n_, blocks_;
   std::mt19937_64 random_;
   Watch& watch_;
-  std::vector<int> block_of_;  // [n]
-  Table inner_;                // [blocks] sum of the matrix inside a block
-  bool any_apart_;
+  std::vector<int> block_of_;                 // [n]
+  Table inner_;                               // [blocks] sum of the matrix inside a block
+  std::vector<std::vector<int>> apart_from_;  // [blocks] those that may not share its group
   Table gain_;  // [blocks, n]: what a block adds to the row sum of a task; not the task's own entry
   double penalty_ = 0;
   Members in_;
