@@ -135,11 +135,15 @@ def shadow(optimizer: Optimizer, copies: dict[Tensor, Tensor]) -> Optimizer:
     for group in optimizer.param_groups:
         params = [copies[p] for p in group["params"] if p in copies]
         if params:
-            groups.append({**copy.copy(group), "params": params})
+            # values too: an optimizer may keep tensors and lists there, and write to them
+            rest = {key: value for key, value in group.items() if key != "params"}
+            groups.append({**copy.deepcopy(rest, memo), "params": params})
     Optimizer.__init__(other, groups, optimizer.defaults)
-    for param, twin in copies.items():
-        if param in optimizer.state:
-            other.state[twin] = copy.deepcopy(optimizer.state[param], memo)
+    for key, value in optimizer.state.items():
+        if not isinstance(key, Tensor):  # of no one parameter
+            other.state[key] = copy.deepcopy(value, memo)
+        elif key in copies:
+            other.state[copies[key]] = copy.deepcopy(value, memo)
     return other
 
 
