@@ -225,6 +225,7 @@ class AffinityProbe:
 
         def again() -> Sequence[Tensor | None]:
             rewind()
+            self._before.restore(unseen=True)  # what the forward pass began with
             other = read_losses(closure(), graph=False)
             if set(other.names) != set(tasks):
                 raise ValueError(
@@ -233,9 +234,9 @@ class AffinityProbe:
             return other.in_order(tasks).detached
 
         self._meter.at_rows(roles, capture.finish(), losses.detached, scale, again)
-        assert roles.shared is not None
-        gram = ops.gram(roles.shared.jac)
-        self._meter.at_gram(gram if scale is None else gram / scale.double().square())
+        if roles.shared is not None:
+            gram = ops.gram(roles.shared.jac)
+            self._meter.at_gram(gram if scale is None else gram / scale.double().square())
 
     def _roles_for(self, losses: TaskLosses) -> Roles | None:
         """The shared parameters, with rows for their gradients; None while none is known to be shared."""
@@ -262,6 +263,7 @@ class AffinityProbe:
         roles = self._roles
         if (
             roles is None
+            or roles.tasks != losses.names  # another order: a state was loaded
             or list(map(id, roles.params)) != list(map(id, params))
             or any(block.stale() for block in roles.blocks)
         ):
