@@ -136,20 +136,29 @@ def test_looks_ahead_begin_with_the_buffers_of_the_clean_pass(kind, micro, rng):
 
 
 class Keeping(torch.optim.Optimizer):
-    """Keeps things wherever an optimizer may: attributes, its groups, a state of no one parameter."""
+    """Keeps things wherever an optimizer may: attributes, its groups, a state of no one parameter.
+
+    And itself: a bound method, a group.
+    """
 
     def __init__(self, params, lr: float) -> None:
         super().__init__(params, {"lr": lr})
         self.factor = torch.ones(())
+        self.hooks = [self.halve]
+        self.first = self.param_groups[0]
         self.state["all"] = {"steps": torch.zeros(())}
         self.param_groups[0].update(seen=[0.0], total=torch.zeros(()))
 
+    def halve(self) -> None:
+        self.factor.mul_(0.5)
+
     @torch.no_grad()
     def step(self, closure=None):
-        self.factor.mul_(0.5)
+        for hook in self.hooks:
+            hook()
         self.state["all"]["steps"] += 1
         for group in self.param_groups:
-            group["seen"][0] += 1.0
+            self.first["seen"][0] += 1.0
             group["total"] += 2.0
             by = self.factor * self.state["all"]["steps"] * group["seen"][0] * group["total"]
             for param in group["params"]:

@@ -125,12 +125,7 @@ def shadow(optimizer: Optimizer, copies: dict[Tensor, Tensor]) -> Optimizer:
     """
     other: Optimizer = object.__new__(type(optimizer))
     memo: dict[int, Any] = {id(p): q for p, q in copies.items()}
-    # what a subclass keeps beside torch's own things; step, where a scheduler has wrapped it, is the
-    # original's bound method
-    own = {"defaults", "state", "param_groups", "step"}
-    for name, value in vars(optimizer).items():
-        if name not in own and "hooks" not in name:
-            other.__dict__[name] = copy.deepcopy(value, memo)
+    memo[id(optimizer)] = other  # bound methods and helpers that it keeps are the copy's
     groups = []
     for group in optimizer.param_groups:
         params = [copies[p] for p in group["params"] if p in copies]
@@ -138,6 +133,13 @@ def shadow(optimizer: Optimizer, copies: dict[Tensor, Tensor]) -> Optimizer:
             # values too: an optimizer may keep tensors and lists there, and write to them
             rest = {key: value for key, value in group.items() if key != "params"}
             groups.append({**copy.deepcopy(rest, memo), "params": params})
+            memo[id(group)] = groups[-1]
+    # what a subclass keeps beside torch's own things; step, where a scheduler has wrapped it, is the
+    # original's bound method
+    own = {"defaults", "state", "param_groups", "step"}
+    for name, value in vars(optimizer).items():
+        if name not in own and not name.startswith("_optimizer_"):  # the hooks
+            other.__dict__[name] = copy.deepcopy(value, memo)
     Optimizer.__init__(other, groups, optimizer.defaults)
     for key, value in optimizer.state.items():
         if not isinstance(key, Tensor):  # of no one parameter
