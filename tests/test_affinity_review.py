@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import numpy as np
@@ -211,3 +212,63 @@ def test_an_optimizer_without_a_learning_rate(groups, mode, rng):
     ):
         probe(net.losses)
     attach("loop", opt, net, mode=mode, lr=0.1)(net.losses)
+
+
+def test_an_optimizer_that_cannot_be_copied(rng):
+    net = Net(rng)
+    opt = optimizer("loop", net)
+    opt.lock = threading.Lock()
+    probe = attach("loop", opt, net, look_ahead="optimizer")
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(TypeError, match="^look_ahead must be 'sgd' .* lock of SGD"):
+        probe(net.losses)
+    assert all(map(torch.equal, before, net.parameters()))
+    assert probe.steps == 0
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_a_resumed_run_whose_tasks_come_in_turns(kind, cut, rng):
+    """What is shared between tasks of different batches is still known."""
+    net = Net(rng)
+
+    def run(cut: int | None) -> AffinityProbe:
+        own = copy.deepcopy(net)
+
+        def closure() -> dict[str, torch.Tensor | None]:
+            chosen = ("ac", "b", "c", "a")[n % 4]
+            return {k: loss if k in chosen else None for k, loss in own.losses().items()}
+
+        opt = optimizer(kind, own)
+        probe = attach(kind, opt, own)
+        for n in range(8):
+            if n == cut:
+                states = opt.state_dict(), probe.state_dict()
+                opt = optimizer(kind, own)
+                probe = attach(kind, opt, own)
+                opt.load_state_dict(states[0])
+                probe.load_state_dict(states[1])
+            if kind == "multi":
+                opt.step(closure)
+                continue
+            opt.zero_grad()
+            sum(loss for loss in probe(closure).values() if loss is not None).backward()
+            opt.step()
+        return probe
+
+    whole, parts = run(None), run(cut)
+    assert parts.measured == whole.measured
+    for quantity in whole.record().quantities:
+        one, two = whole.record().matrix(quantity), parts.record().matrix(quantity)
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_state_of_another_number_of_parameters(rng):
+    net = Net(rng)
+    probe = attach("loop", optimizer("loop", net), net)
+    probe(net.losses)
+    base = torch.optim.SGD([*net.parameters(), nn.Parameter(torch.zeros(2))], lr=0.1)
+    other = attach("loop", base, net)
+    with pytest.raises(ValueError, match="^state must be of an optimizer of 9 parameters, got 8"):
+        other.load_state_dict(probe.state_dict())
+    assert other.steps == 0

@@ -139,7 +139,13 @@ def shadow(optimizer: Optimizer, copies: dict[Tensor, Tensor]) -> Optimizer:
     own = {"defaults", "state", "param_groups", "step"}
     for name, value in vars(optimizer).items():
         if name not in own and not name.startswith("_optimizer_"):  # the hooks
-            other.__dict__[name] = copy.deepcopy(value, memo)
+            try:
+                other.__dict__[name] = copy.deepcopy(value, memo)
+            except Exception as error:
+                raise TypeError(
+                    f"look_ahead must be 'sgd' for an optimizer that cannot be copied: {name} of "
+                    f"{type(optimizer).__name__} ({error})"
+                ) from error
     Optimizer.__init__(other, groups, optimizer.defaults)
     for key, value in optimizer.state.items():
         if not isinstance(key, Tensor):  # of no one parameter

@@ -341,7 +341,8 @@ class AffinityProbe:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on measuring: tensors and plain values. Reads the device."""
-        return self._meter.state_dict()
+        reach = [sorted(self._reach.get(id(p), ()), key=str) for p in self._params()]
+        return {**self._meter.state_dict(), "reach": reach}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what ``state_dict`` gave, of a probe with the same arguments.
@@ -349,7 +350,17 @@ class AffinityProbe:
         Raises:
             ValueError: the probe that it is from measured other things.
         """
+        params, reach = self._params(), state.get("reach", ())
+        if self._multi is None and reach and len(reach) != len(params):
+            raise ValueError(
+                f"state must be of an optimizer of {len(params)} parameters, got {len(reach)}"
+            )
         self._meter.load_state_dict(state)
+        if self._multi is None:
+            self._reach = {
+                id(p): set(tasks) for p, tasks in zip(params, reach, strict=False) if tasks
+            }
+            self._roles = None
 
 
 def _read_groups(groups: object) -> list[tuple[TaskName, ...]]:
