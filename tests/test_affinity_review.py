@@ -272,3 +272,22 @@ def test_a_state_of_another_number_of_parameters(rng):
     with pytest.raises(ValueError, match="^state must be of an optimizer of 9 parameters, got 8"):
         other.load_state_dict(probe.state_dict())
     assert other.steps == 0
+
+
+def test_parameters_that_take_the_place_of_others(rng):
+    """A new parameter is not taken for a freed one that lay where it lies."""
+    net = Net(rng)
+    opt = optimizer("loop", net)
+    probe = attach("loop", opt, net, mode="first_order")
+    for _ in range(10):
+        probe(net.losses)
+        assert len(probe._roles.params) == 2  # the trunk's
+        fresh = attach("loop", opt, net, mode="first_order")
+        fresh(net.losses)
+        probe.end_epoch()
+        cosines = probe.record().by_epoch("cosine")[-1]
+        np.testing.assert_array_equal(cosines, fresh.record().matrix("cosine"))
+        opt.param_groups[0]["params"].clear()
+        net.trunk = nn.Linear(4, 5).double()
+        net.heads = nn.ModuleDict({name: nn.Linear(5, 1) for name in "abc"}).double()
+        opt.param_groups[0]["params"].extend(net.parameters())

@@ -137,7 +137,7 @@ class AffinityProbe:
         kept = model if multi is None else multi.model
         self._clean = BufferKeeper(kept)  # as the forward pass left them
         self._before = BufferKeeper(kept)  # as they were before it
-        self._reach: dict[int, set[TaskName]] = {}  # id(parameter) -> tasks that reach it
+        self._reach: dict[Tensor, set[TaskName]] = {}  # parameter -> tasks that reach it
         self._roles: Roles | None = None
         self._meter = Meter(options, base, kept)
         if multi is not None:
@@ -242,21 +242,23 @@ class AffinityProbe:
         """The shared parameters, with rows for their gradients; None while none is known to be shared."""
         params = [p for p in self._named or self._params() if p.requires_grad]
         if self._named is None:
-            if losses.together and not self._reach:
+            if losses.together and not any(self._reach.values()):
                 warnings.warn(
                     "losses are entries of one tensor: every parameter that it depends on counts as shared. "
                     "Where tasks have parameters of their own, return a list of losses, or name the "
                     "shared parameters with shared=",
                     stacklevel=outside(),
                 )
+            # those that the optimizer has no more are let go
+            self._reach = {p: self._reach.get(p, set()) for p in self._params()}
             outputs = [losses.output(task) for task in losses.present]
             graph.check_checkpoints(outputs)
             reached = graph.reached(outputs, params)
             for task, hits in zip(losses.present, reached, strict=True):
                 for k in hits:
-                    self._reach.setdefault(id(params[k]), set()).add(losses.names[task])
+                    self._reach[params[k]].add(losses.names[task])
             least = min(2, len(losses.names))
-            params = [p for p in params if len(self._reach.get(id(p), ())) >= least]
+            params = [p for p in params if len(self._reach[p]) >= least]
         if not params:
             self._meter.check_all_seen({losses.names[task] for task in losses.present})
             return None
@@ -341,7 +343,7 @@ class AffinityProbe:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on measuring: tensors and plain values. Reads the device."""
-        reach = [sorted(self._reach.get(id(p), ()), key=str) for p in self._params()]
+        reach = [sorted(self._reach.get(p, ()), key=str) for p in self._params()]
         return {**self._meter.state_dict(), "reach": reach}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -357,9 +359,7 @@ class AffinityProbe:
             )
         self._meter.load_state_dict(state)
         if self._multi is None:
-            self._reach = {
-                id(p): set(tasks) for p, tasks in zip(params, reach, strict=False) if tasks
-            }
+            self._reach = {p: set(tasks) for p, tasks in zip(params, reach, strict=False)}
             self._roles = None
 
 
