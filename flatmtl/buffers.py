@@ -21,6 +21,7 @@ class BufferKeeper:
         self._places: list[tuple[nn.Module, str]] = []
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
+        self._versions: list[int] = []
 
     def save(self) -> None:
         """Takes copies."""
@@ -34,6 +35,7 @@ class BufferKeeper:
         ]
         self._places = [place for place, _ in found]
         self._buffers = [buffer for _, buffer in found]
+        self._versions = [0 if b.is_inference() else b._version for b in self._buffers]
         same = len(self._copies) == len(self._buffers) and all(
             c.shape == b.shape and c.dtype == b.dtype and c.device == b.device
             for c, b in zip(self._copies, self._buffers, strict=True)
@@ -46,11 +48,23 @@ class BufferKeeper:
         """Puts the copies back, and the tensors themselves where a module holds another by now.
 
         Args:
-            unseen: autograd is not told of the write: a graph from before is still to be gone through.
+            unseen: autograd is not told of the write, nor of those since ``save``: a graph from before is
+                still to be gone through.
         """
         for (module, name), buffer in zip(self._places, self._buffers, strict=True):
             module._buffers[name] = buffer
-        _copy([b.data for b in self._buffers] if unseen else self._buffers, self._copies)
+        if not unseen:
+            _copy(self._buffers, self._copies)
+            return
+        _copy([b.data for b in self._buffers], self._copies)
+        counted = [
+            (b, v)
+            for b, v in zip(self._buffers, self._versions, strict=True)
+            if not b.is_inference()
+        ]
+        torch._C._autograd._unsafe_set_version_counter(
+            tuple(b for b, _ in counted), tuple(v for _, v in counted)
+        )
 
     def undo_unless(self, ok: Tensor) -> None:
         """Puts the copies back where ``ok`` (bool, 0-dim) is false; nothing is read."""

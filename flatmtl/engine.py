@@ -380,6 +380,7 @@ class Engine:
     def _ahead(self, passes: Passes) -> list[Tensor | None]:
         """The losses of the step's micro-batches, added up, at the parameters as they are now."""
         assert self.roles is not None
+        self._before.restore(unseen=True)  # what the clean passes began with
         total: list[Tensor | None] = []
         for losses, _ in passes.again(self.roles.tasks, None, graph=False, replay=True):
             total = added_entries(total, losses.detached)

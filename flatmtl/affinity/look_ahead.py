@@ -125,21 +125,33 @@ def shadow(optimizer: Optimizer, copies: dict[Tensor, Tensor]) -> Optimizer:
     """
     other: Optimizer = object.__new__(type(optimizer))
     memo: dict[int, Any] = {id(p): q for p, q in copies.items()}
-    # what a subclass keeps beside torch's own things; step, where a scheduler has wrapped it, is the
-    # original's bound method
-    own = {"defaults", "state", "param_groups", "step"}
-    for name, value in vars(optimizer).items():
-        if name not in own and "hooks" not in name:
-            other.__dict__[name] = copy.deepcopy(value, memo)
+    memo[id(optimizer)] = other  # bound methods and helpers that it keeps are the copy's
     groups = []
     for group in optimizer.param_groups:
         params = [copies[p] for p in group["params"] if p in copies]
         if params:
-            groups.append({**copy.copy(group), "params": params})
+            # values too: an optimizer may keep tensors and lists there, and write to them
+            rest = {key: value for key, value in group.items() if key != "params"}
+            groups.append({**copy.deepcopy(rest, memo), "params": params})
+            memo[id(group)] = groups[-1]
+    # what a subclass keeps beside torch's own things; step, where a scheduler has wrapped it, is the
+    # original's bound method
+    own = {"defaults", "state", "param_groups", "step"}
+    for name, value in vars(optimizer).items():
+        if name not in own and not name.startswith("_optimizer_"):  # the hooks
+            try:
+                other.__dict__[name] = copy.deepcopy(value, memo)
+            except Exception as error:
+                raise TypeError(
+                    f"look_ahead must be 'sgd' for an optimizer that cannot be copied: {name} of "
+                    f"{type(optimizer).__name__} ({error})"
+                ) from error
     Optimizer.__init__(other, groups, optimizer.defaults)
-    for param, twin in copies.items():
-        if param in optimizer.state:
-            other.state[twin] = copy.deepcopy(optimizer.state[param], memo)
+    for key, value in optimizer.state.items():
+        if not isinstance(key, Tensor):  # of no one parameter
+            other.state[key] = copy.deepcopy(value, memo)
+        elif key in copies:
+            other.state[copies[key]] = copy.deepcopy(value, memo)
     return other
 
 

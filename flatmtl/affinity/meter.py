@@ -58,6 +58,7 @@ class _Seen:
     finite: Tensor  # bool [T]
     lr: float | Tensor
     push: Tensor | None  # [T], <g_j, the momentum's part of a step>
+    order: list[int] | None  # the rows of the tasks as they are kept; None: as they come
     ahead: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # of exact mode
 
 
@@ -89,7 +90,8 @@ class Meter:
         self._buffers = BufferKeeper(model)
         self._watched = False
         self._way: tuple[Block, LookAhead] | None = None
-        self._members: list[tuple[list[int], Tensor]] = []  # positions; ones and zeros, [T]
+        # of each group: positions; ones and zeros, [T]; by the order of the tasks
+        self._members: tuple[list[TaskName], list[tuple[list[int], Tensor]]] = ([], [])
         self._met: set[TaskName] = set()  # tasks, as long as nothing is known to be shared
         self._masks: dict[frozenset[int], Tensor] = {}
         self._last = -options.every  # the step measured last
@@ -124,7 +126,7 @@ class Meter:
         Raises:
             ValueError: nothing is shared, or the learning rate is not one number.
         """
-        tasks = self.settle_tasks(roles.tasks)
+        kept, tasks = self.settle_tasks(roles.tasks), roles.tasks
         block = roles.shared
         if block is None:
             self.check_all_seen({tasks[k] for k in captured.present})
@@ -140,7 +142,9 @@ class Meter:
         finite = captured.shared_sq.to(device).isfinite()
         if len(captured.present) < len(tasks):
             finite = finite & self._there(captured.present, len(tasks), device)
-        self._seen = _Seen(before, finite, lr, push)
+        # rows come in the order of an optimizer that may be younger than what was kept
+        order = None if tasks == kept else [tasks.index(name) for name in kept]
+        self._seen = _Seen(before, finite, lr, push, order)
         if self.options.mode == "first_order":
             return
         reach = roles.reach()
@@ -168,10 +172,9 @@ class Meter:
         with watch_for_running_statistics(
             self._model is None and not self._watched, "look-ahead", "AffinityProbe"
         ):
-            # on the device from the first measured step on
-            self._members = [(group, ones.to(device)) for group, ones in self._members]
+            members = self._members_in(roles.tasks, device)
             way, momentum = self._step_of(block), self.options.momentum
-            ahead = measure.exact(rows, once, way, lr, self._members, momentum=momentum)
+            ahead = measure.exact(rows, once, way, lr, members, momentum=momentum)
         self._watched = True
         self._seen.ahead = ahead
 
@@ -191,6 +194,9 @@ class Meter:
         found["affinity"], found["affinity_per_lr"] = z, z / seen.lr
         if alone is not None:
             found["beyond_momentum"] = z - alone.unsqueeze(1)
+        if seen.order is not None:
+            found = {name: _rows(_rows(m, seen.order).T, seen.order).T for name, m in found.items()}
+            joint = None if joint is None else _rows(joint, seen.order)
         self._pending = measure.Sample(found, joint)
         if not isinstance(seen.lr, Tensor):
             self.rates = [self.rates[0] if self.rates else seen.lr, seen.lr]
@@ -235,12 +241,6 @@ class Meter:
                         raise ValueError(
                             f"groups must hold tasks out of {list(names)}, got {name!r}"
                         )
-            self._members = []
-            for group in self.options.groups:
-                positions = [list(names).index(name) for name in group]
-                ones = torch.zeros(len(names), dtype=torch.float64)
-                ones[positions] = 1.0
-                self._members.append((positions, ones))
             self.tasks = list(names)
         elif set(names) != set(self.tasks):
             raise ValueError(
@@ -263,6 +263,20 @@ class Meter:
                 "step can touch another"
             )
 
+    def _members_in(
+        self, names: list[TaskName], device: torch.device
+    ) -> list[tuple[list[int], Tensor]]:
+        """The groups' members among tasks in this order. Made once: a copy waits for a device."""
+        if self._members[0] != names:
+            found = []
+            for group in self.options.groups:
+                positions = [names.index(name) for name in group]
+                ones = torch.zeros(len(names), dtype=torch.float64)
+                ones[positions] = 1.0
+                found.append((positions, ones.to(device)))
+            self._members = (list(names), found)
+        return self._members[1]
+
     def _there(self, present: set[int], tasks: int, device: torch.device) -> Tensor:
         """bool [T]: the tasks that have a loss. Made once for each set of them: a copy waits for a device."""
         key = frozenset(present)
@@ -275,10 +289,12 @@ class Meter:
             return self.options.lr
         ids = {id(p) for p in block.params}
         found: list[Any] = [
-            group["lr"]
+            group.get("lr")
             for group in self._base.param_groups
             if any(id(p) in ids for p in group["params"])
         ]
+        if any(rate is None for rate in found):
+            raise ValueError("lr must be given where the optimizer's groups have none, got None")
         if any(rate is not found[0] and rate != found[0] for rate in found[1:]):
             raise ValueError(
                 "lr must be given where the shared parameters' groups have different ones, got "
@@ -354,9 +370,9 @@ class Meter:
         Raises:
             ValueError: the probe that it is from measured other things.
         """
-        if state["kind"] != self._kind:
+        if state.get("kind") != self._kind:
             raise ValueError(
-                f"state must be of a probe of the same kind, {self._kind}, got {state['kind']}"
+                f"state must be of a probe of the same kind, {self._kind}, got {state.get('kind')}"
             )
         steps, parts = state["epoch"]
         names = state["tasks"]
@@ -376,3 +392,8 @@ class Meter:
         for tally, part in zip(self._tallies, parts, strict=True):
             tally.load(part)
         self.drop()
+
+
+def _rows(matrix: Tensor, order: list[int]) -> Tensor:
+    """The rows in another order, without an index tensor, whose copy waits for a device."""
+    return torch.stack([matrix[k] for k in order])

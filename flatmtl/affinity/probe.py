@@ -137,7 +137,7 @@ class AffinityProbe:
         kept = model if multi is None else multi.model
         self._clean = BufferKeeper(kept)  # as the forward pass left them
         self._before = BufferKeeper(kept)  # as they were before it
-        self._reach: dict[int, set[TaskName]] = {}  # id(parameter) -> tasks that reach it
+        self._reach: dict[Tensor, set[TaskName]] = {}  # parameter -> tasks that reach it
         self._roles: Roles | None = None
         self._meter = Meter(options, base, kept)
         if multi is not None:
@@ -225,6 +225,7 @@ class AffinityProbe:
 
         def again() -> Sequence[Tensor | None]:
             rewind()
+            self._before.restore(unseen=True)  # what the forward pass began with
             other = read_losses(closure(), graph=False)
             if set(other.names) != set(tasks):
                 raise ValueError(
@@ -233,35 +234,38 @@ class AffinityProbe:
             return other.in_order(tasks).detached
 
         self._meter.at_rows(roles, capture.finish(), losses.detached, scale, again)
-        assert roles.shared is not None
-        gram = ops.gram(roles.shared.jac)
-        self._meter.at_gram(gram if scale is None else gram / scale.double().square())
+        if roles.shared is not None:
+            gram = ops.gram(roles.shared.jac)
+            self._meter.at_gram(gram if scale is None else gram / scale.double().square())
 
     def _roles_for(self, losses: TaskLosses) -> Roles | None:
         """The shared parameters, with rows for their gradients; None while none is known to be shared."""
         params = [p for p in self._named or self._params() if p.requires_grad]
         if self._named is None:
-            if losses.together and not self._reach:
+            if losses.together and not any(self._reach.values()):
                 warnings.warn(
                     "losses are entries of one tensor: every parameter that it depends on counts as shared. "
                     "Where tasks have parameters of their own, return a list of losses, or name the "
                     "shared parameters with shared=",
                     stacklevel=outside(),
                 )
+            # those that the optimizer has no more are let go
+            self._reach = {p: self._reach.get(p, set()) for p in self._params()}
             outputs = [losses.output(task) for task in losses.present]
             graph.check_checkpoints(outputs)
             reached = graph.reached(outputs, params)
             for task, hits in zip(losses.present, reached, strict=True):
                 for k in hits:
-                    self._reach.setdefault(id(params[k]), set()).add(losses.names[task])
+                    self._reach[params[k]].add(losses.names[task])
             least = min(2, len(losses.names))
-            params = [p for p in params if len(self._reach.get(id(p), ())) >= least]
+            params = [p for p in params if len(self._reach[p]) >= least]
         if not params:
             self._meter.check_all_seen({losses.names[task] for task in losses.present})
             return None
         roles = self._roles
         if (
             roles is None
+            or roles.tasks != losses.names  # another order: a state was loaded
             or list(map(id, roles.params)) != list(map(id, params))
             or any(block.stale() for block in roles.blocks)
         ):
@@ -339,7 +343,8 @@ class AffinityProbe:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on measuring: tensors and plain values. Reads the device."""
-        return self._meter.state_dict()
+        reach = [sorted(self._reach.get(p, ()), key=str) for p in self._params()]
+        return {**self._meter.state_dict(), "reach": reach}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what ``state_dict`` gave, of a probe with the same arguments.
@@ -347,7 +352,15 @@ class AffinityProbe:
         Raises:
             ValueError: the probe that it is from measured other things.
         """
+        params, reach = self._params(), state.get("reach", ())
+        if self._multi is None and reach and len(reach) != len(params):
+            raise ValueError(
+                f"state must be of an optimizer of {len(params)} parameters, got {len(reach)}"
+            )
         self._meter.load_state_dict(state)
+        if self._multi is None:
+            self._reach = {p: set(tasks) for p, tasks in zip(params, reach, strict=False)}
+            self._roles = None
 
 
 def _read_groups(groups: object) -> list[tuple[TaskName, ...]]:
