@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from flatmtl.ops._check import ROW_TYPES
 
@@ -23,6 +24,13 @@ def _flat_dims(param: Tensor) -> list[int] | None:
     strides = param.stride()
     dims = sorted(range(param.dim()), key=lambda d: (-strides[d], d))
     return dims if param.permute(dims).is_contiguous() else []
+
+
+def _forget_derived() -> None:
+    """Lets go of what torch has kept of the parameters as they were: casts, and parametrized tensors."""
+    torch.clear_autocast_cache()
+    if parametrize._cache:  # within parametrize.cached()
+        parametrize._cache.clear()
 
 
 class Block:
@@ -233,9 +241,9 @@ class Block:
         self._changed()
 
     def _changed(self) -> None:
-        """Tells autograd of the write, and autocast, whose cached casts are of the old values."""
+        """Tells autograd of the write, and those who keep what they made of the old values."""
         torch.autograd.graph.increment_version(self.params)
-        torch.clear_autocast_cache()
+        _forget_derived()
 
     # For looks ahead, all of which end where they began: autograd is not told, so that graphs from
     # before keep their use. ``.data`` has a version of its own.
@@ -252,12 +260,12 @@ class Block:
         """Parameters <- saved + ``step`` * ``row`` / sqrt(``sq_norm``); saved where it is 0 or not finite."""
         steps = [step] * len(self.params)
         _ops.perturb_.default(self._unseen(), saved, row, sq_norm, self.offsets, steps, False, 0.0)
-        torch.clear_autocast_cache()
+        _forget_derived()
 
     def put_back(self, saved: Tensor) -> None:
         """Parameters <- ``saved`` [P], bit for bit."""
         _ops.restore_.default(self._unseen(), saved, self.offsets)
-        torch.clear_autocast_cache()
+        _forget_derived()
 
     def _unseen(self) -> list[Tensor]:
         return self._flat([p.data for p in self.params])

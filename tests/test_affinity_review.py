@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatmtl import AffinityProbe, MultiTaskOptimizer
+from flatmtl import SAM, AffinityProbe, MultiTaskOptimizer
 from flatmtl.weighting import Mean
 
 BOTH = ["loop", "multi"]
@@ -291,3 +292,32 @@ def test_parameters_that_take_the_place_of_others(rng):
         net.trunk = nn.Linear(4, 5).double()
         net.heads = nn.ModuleDict({name: nn.Linear(5, 1) for name in "abc"}).double()
         opt.param_groups[0]["params"].extend(net.parameters())
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_parametrized_tensors_that_are_kept(kind, rng):
+    """parametrize.cached() keeps what it made of the parameters; a look ahead must see theirs."""
+    found = []
+    start = Net(rng, nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)))
+    for kept in (False, True):
+        net = copy.deepcopy(start)
+        opt = optimizer(kind, net)
+        probe = attach(kind, opt, net)
+        with nn.utils.parametrize.cached() if kept else contextlib.nullcontext():
+            opt.step(net.losses) if kind == "multi" else probe(net.losses)
+        found.append(probe.record().matrix())
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_perturbed_passes_see_parametrized_tensors_of_their_own(rng):
+    found = []
+    start = Net(rng, nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)))
+    for kept in (False, True):
+        net = copy.deepcopy(start)
+        base = torch.optim.SGD(net.parameters(), lr=0.1)
+        opt = MultiTaskOptimizer(base, weighting=Mean(), model=net, sharpness=SAM(0.5))
+        with nn.utils.parametrize.cached() if kept else contextlib.nullcontext():
+            opt.step(net.losses)
+        found.append([p.detach().numpy().copy() for p in net.parameters()])
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)
