@@ -43,26 +43,12 @@ def heatmap(
     end = float(np.quantile(sizes, 0.99) if len(sizes) >= _MANY_CELLS else sizes.max()) or 1.0
     factor, text = unit(end)
     values, end = others / factor, end / factor
-    colours = _draw.matplotlib().colormaps["RdBu"].with_extremes(bad=_draw.PALE)
-    image = ax.imshow(values, cmap=colours, vmin=-end, vmax=end)
-    _grey_diagonal(ax, count)
-    width, height = _draw.inches(ax)
-    high = min(1.0, 0.85 * width / height)  # about as high as the square will be
     extend = "both" if (np.abs(sizes) / factor > end * (1 + 1e-9)).any() else "neither"
-    bar = ax.figure.colorbar(
-        image, ax=ax, shrink=high, aspect=28 * high, extend=extend, extendfrac=0.02
-    )
+    cell, bar = _draw.square(ax, values, names, end, extend=extend, extendfrac=0.02)
+    _grey_diagonal(ax, count)
     if text:
         bar.set_label(text)
     bar.outline.set_visible(False)
-    cell = 72.0 * min(width, height) / count
-    font, labelled = _draw.labels(count, cell)
-    written = [names[i] for i in labelled]
-    turned = max(map(len, written)) * 0.7 * font > cell * labelled.step
-    ax.set_xticks(labelled, written, rotation=90 if turned else 0, fontsize=font)
-    ax.set_yticks(labelled, written, fontsize=font)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
     ax.set(xlabel="source (its gradient)", ylabel="recipient (its loss)")
     title = TITLES.get(quantity, quantity)
     ax.set_title(f"{title}, rows normalised" if normalised else title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,3 +142,38 @@ def labels(count: int, room: float) -> tuple[float, range]:
     """Of ``count`` labels with ``room`` points each: the font's size and those that can be read."""
     every = max(1, math.ceil(5.0 / (0.8 * room)))
     return min(9.0, 0.8 * room * every), range(0, count, every)
+
+
+def square(
+    ax: Axes,
+    values: np.ndarray,
+    names: Sequence[str],
+    end: float,
+    **bar: Any,  # noqa: ANN401
+) -> tuple[float, Any]:
+    """A matrix [T, T] as a map of the tasks, red at ``-end`` to blue at ``end``.
+
+    Args:
+        ax: where.
+        values: NaN where there is none.
+        names: of rows and columns.
+        end: of the colours.
+        **bar: options of the colour bar.
+
+    Returns:
+        The side of a cell in points, and the colour bar.
+    """
+    colours = matplotlib().colormaps["RdBu"].with_extremes(bad=PALE)
+    image = ax.imshow(values, cmap=colours, vmin=-end, vmax=end)
+    width, height = inches(ax)
+    high = min(1.0, 0.85 * width / height)  # about as high as the square will be
+    drawn = ax.figure.colorbar(image, ax=ax, shrink=high, aspect=28 * high, **bar)
+    cell = 72.0 * min(width, height) / len(names)
+    font, shown = labels(len(names), cell)
+    written = [names[i] for i in shown]
+    turned = max(len(name) for name in written) * 0.7 * font > cell * shown.step
+    ax.set_xticks(shown, written, rotation=90 if turned else 0, fontsize=font)
+    ax.set_yticks(shown, written, fontsize=font)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return cell, drawn

@@ -66,23 +66,10 @@ def cosines(
 ) -> None:
     mean = _series.mean(arrays["cosines"], axis=0)
     np.fill_diagonal(mean, np.nan)  # 1, and the eye would go there
-    colours = _draw.matplotlib().colormaps["RdBu"].with_extremes(bad=_draw.PALE)
     largest = np.nanmax(np.abs(mean))
     end = min(limit for limit in (0.1, 0.2, 0.5, 1.0) if limit >= min(largest, 1.0))
-    image = ax.imshow(mean, cmap=colours, vmin=-end, vmax=end)
-    width, height = _draw.inches(ax)
-    high = min(1.0, 0.85 * width / height)  # about as high as the square will be
-    ax.figure.colorbar(image, ax=ax, shrink=high, aspect=28 * high, ticks=np.linspace(-end, end, 5))
-    count = len(tasks)
-    cell = 72.0 * min(width, height) / count
+    cell, _ = _draw.square(ax, mean, tasks, end, ticks=np.linspace(-end, end, 5))
     size = min(11.0, 0.36 * cell)  # points; four characters must fit in a cell
-    font, shown = _draw.labels(count, cell)
-    names = [tasks[i] for i in shown]
-    turned = max(map(len, names)) * 0.7 * font > cell * shown.step
-    ax.set_xticks(shown, names, rotation=90 if turned else 0, fontsize=font)
-    ax.set_yticks(shown, names, fontsize=font)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
     ax.set_title("mean cosine of the gradients")
     if size < 3.5:
         return  # nobody could read them
