@@ -5,7 +5,7 @@ methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on th
 """
 
 from flatmtl import ops, plots, weighting
-from flatmtl.affinity import AffinityRecord, sample_overlap
+from flatmtl.affinity import AffinityProbe, AffinityRecord, sample_overlap
 from flatmtl.aggregation import aggregate
 from flatmtl.history import History
 from flatmtl.jacobian import Batched
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SAM",
     "SAMO",
+    "AffinityProbe",
     "AffinityRecord",
     "Batched",
     "History",

@@ -237,6 +237,31 @@ class Block:
         torch.autograd.graph.increment_version(self.params)
         torch.clear_autocast_cache()
 
+    # For looks ahead, all of which end where they began: autograd is not told, so that graphs from
+    # before keep their use. ``.data`` has a version of its own.
+
+    def empty(self) -> Tensor:
+        """A new flat buffer [P] for the parameters; nothing is in it yet."""
+        return self._like.new_empty(self.size)
+
+    def copy_to(self, saved: Tensor) -> None:
+        """``saved`` [P] <- the parameters."""
+        _ops.pack_row_.default(saved, self._unseen(), self.offsets)
+
+    def shift(self, saved: Tensor, row: Tensor, sq_norm: Tensor, step: float) -> None:
+        """Parameters <- saved + ``step`` * ``row`` / sqrt(``sq_norm``); saved where it is 0 or not finite."""
+        steps = [step] * len(self.params)
+        _ops.perturb_.default(self._unseen(), saved, row, sq_norm, self.offsets, steps, False, 0.0)
+        torch.clear_autocast_cache()
+
+    def put_back(self, saved: Tensor) -> None:
+        """Parameters <- ``saved`` [P], bit for bit."""
+        _ops.restore_.default(self._unseen(), saved, self.offsets)
+        torch.clear_autocast_cache()
+
+    def _unseen(self) -> list[Tensor]:
+        return self._flat([p.data for p in self.params])
+
     def stale(self) -> bool:
         """Whether the parameters lie otherwise than they did (``model.double()``, ``channels_last``)."""
         like = self._like

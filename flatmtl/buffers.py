@@ -42,11 +42,15 @@ class BufferKeeper:
             self._copies = [torch.empty_like(b) for b in self._buffers]
         _copy(self._copies, self._buffers)
 
-    def restore(self) -> None:
-        """Puts the copies back, and the tensors themselves where a module holds another by now."""
+    def restore(self, *, unseen: bool = False) -> None:
+        """Puts the copies back, and the tensors themselves where a module holds another by now.
+
+        Args:
+            unseen: autograd is not told of the write: a graph from before is still to be gone through.
+        """
         for (module, name), buffer in zip(self._places, self._buffers, strict=True):
             module._buffers[name] = buffer
-        _copy(self._buffers, self._copies)
+        _copy([b.data for b in self._buffers] if unseen else self._buffers, self._copies)
 
     def undo_unless(self, ok: Tensor) -> None:
         """Puts the copies back where ``ok`` (bool, 0-dim) is false; nothing is read."""
@@ -82,8 +86,16 @@ def _copy(to: list[Tensor], source: list[Tensor]) -> None:
 
 
 @contextmanager
-def watch_for_running_statistics(active: bool) -> Iterator[None]:
-    """Warns if a layer updates running statistics inside; used where no model was given to keep them."""
+def watch_for_running_statistics(
+    active: bool, passes: str = "perturbed", owner: str = "MultiTaskOptimizer"
+) -> Iterator[None]:
+    """Warns if a layer updates running statistics inside; used where no model was given to keep them.
+
+    Args:
+        active: whether to look.
+        passes: what kind of passes are inside, for the warning.
+        owner: whose ``model=`` would help.
+    """
     if not active:
         yield
         return
@@ -101,7 +113,7 @@ def watch_for_running_statistics(active: bool) -> Iterator[None]:
         handle.remove()
     if found:
         warnings.warn(
-            f"{', '.join(sorted(found))} updates its running statistics in the perturbed passes too: "
-            "give MultiTaskOptimizer the model (model=) to keep them to the clean pass",
+            f"{', '.join(sorted(found))} updates its running statistics in the {passes} passes too: "
+            f"give {owner} the model (model=) to keep them to the clean pass",
             stacklevel=outside(),
         )

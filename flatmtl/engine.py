@@ -6,18 +6,19 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from flatmtl import ops
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, Capture, Captured, Jacobian
-from flatmtl.losses import TaskLosses, added_entries
+from flatmtl.losses import TaskLosses, added_entries, loss_vector
 from flatmtl.passes import Passes
 from flatmtl.radius import RadiusWatch
 from flatmtl.replay import Generators, Replay
@@ -34,6 +35,9 @@ from flatmtl.steps.samo import samo
 from flatmtl.steps.sharp import sharp
 from flatmtl.watch import Watch, outside, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
+
+if TYPE_CHECKING:
+    from flatmtl.affinity.meter import Meter
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Engine:
         scale: the loss scale of a step that is still open; None: 1.
         running: whether passes are being run.
         watched: a perturbed pass has been watched for layers that update running statistics.
+        meters: measure affinities at the steps that have task gradients.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Engine:
         )
         self.label = label
         self.watched = False
+        self.meters: list[Meter] = []
         self._params, self._named = params, named
         exempt_from_scaling(options.sharpness, options.model)  # raises without a model
         self._before = BufferKeeper(options.model)  # as they were before the step
@@ -125,6 +131,8 @@ class Engine:
         self.solves.undo()
         if self.directions is not None and self._begun:
             self.directions.rewind()
+        for meter in self.meters:
+            meter.drop()
         self._close()
 
     def stepped(self) -> None:
@@ -134,6 +142,8 @@ class Engine:
                 device = self.roles.params[0].device
                 self.history = History(self.options.history, self.roles.tasks, device)
             self.history.record(**self._record_args)
+        for meter in self.meters:
+            meter.made(self.ok)
         self.solves.made()
         self._close()
         self.steps += 1
@@ -185,11 +195,18 @@ class Engine:
                 "changed in place (zero_grad of another object, clipping); optimizer.zero_grad() starts anew"
             )
         radii = None if sharpness is None else Radii(sharpness, groups, self.steps)
-        replay = Replay(self._generators()) if self.options.replay_rng and radii else None
-        passes = Passes(given, replay)
+        exact = bool(self._due("exact"))
+        replaying = self.options.replay_rng and bool(radii)
+        replay = Replay(self._generators()) if replaying or exact else None
+        passes = Passes(given, replay, replaying)
         if sharpness is not None and not passes.repeatable:
             raise ValueError(
                 "losses must be a closure (or a list of them) with sharpness: it runs several passes"
+            )
+        if exact and (more or not passes.repeatable):
+            raise ValueError(
+                "losses must be a closure, or a list of them for all micro-batches of a step, where an "
+                "AffinityProbe in exact mode measures: it runs them again"
             )
         if radii and more:
             raise RuntimeError(
@@ -209,7 +226,7 @@ class Engine:
                 self.directions.begin()
         self._begun, self.scale = True, scale
         undoing = scale is not None or self.options.nonfinite == "skip"
-        guarded = bool(radii) or (undoing and passes.repeatable)
+        guarded = bool(radii) or exact or (undoing and passes.repeatable)
         random = self._generators().state() if guarded else None
         if guarded and not self._guarded:
             self._before.save()
@@ -348,7 +365,26 @@ class Engine:
             self.capture.add(losses, batched, scale)
             self.roles = roles  # only once its roles held
         assert isinstance(self.capture, Capture)
-        return self.capture.roles, self.capture.finish()
+        roles, found = self.capture.roles, self.capture.finish()
+        for meter in self.meters:
+            if meter.due:
+                try:
+                    meter.at_rows(roles, found, self._losses, scale, lambda: self._ahead(passes))
+                finally:
+                    passes.end()
+        return roles, found
+
+    def _due(self, mode: str) -> list[Meter]:
+        """The meters of a mode that measure at this step."""
+        return [meter for meter in self.meters if meter.options.mode == mode and meter.due]
+
+    def _ahead(self, passes: Passes) -> list[Tensor | None]:
+        """The losses of the step's micro-batches, added up, at the parameters as they are now."""
+        assert self.roles is not None
+        total: list[Tensor | None] = []
+        for losses, _ in passes.again(self.roles.tasks, None, graph=False, replay=True):
+            total = added_entries(total, losses.detached)
+        return total
 
     # ------------------------------------------------------------ finite or not
 
@@ -369,7 +405,8 @@ class Engine:
     def families(self, scale: Tensor | None) -> Families:
         """What aggregates rows of gradients that are ``scale`` times too large."""
         inverse = None if scale is None else scale.double().square().reciprocal()
-        return Families(self.solves, inverse, full=self.options.history > 0)
+        full = self.options.history > 0 or bool(self._due("first_order"))
+        return Families(self.solves, inverse, full=full)
 
     # ------------------------------------------------------------ what becomes of it
 
@@ -453,12 +490,13 @@ class Engine:
         """
         if roles.shared is None:
             squares = None
+        self._measure_gram(roles, found, scale)
         watching = after is not None and self._radius.watching
         if not self.options.history and not watching:
             return
         device = roles.params[0].device
-        clean = _vector(self._losses, device)
-        rise = None if after is None else _vector(after, device) - clean
+        clean = loss_vector(self._losses, device)
+        rise = None if after is None else loss_vector(after, device) - clean
         if watching and rise is not None:
             self._radius.look(clean, rise, squares)
         if not self.options.history:
@@ -486,6 +524,17 @@ class Engine:
             flat_status=None if flat_status is None else _all_bits(flat_status.bits),
             residual=None if status is None else status.residual,
         )
+
+    def _measure_gram(self, roles: Roles, found: Found | None, scale: Tensor | None) -> None:
+        """Hands the Gram matrix of the task gradients, where the step has them, to the meters."""
+        meters = self._due("first_order")
+        if not meters or roles.shared is None or found is None or found.gram is None:
+            return
+        gram = found.gram
+        if not found.clean:
+            gram = self.families(scale).unscaled(ops.gram(roles.shared.jac))
+        for meter in meters:
+            meter.at_gram(gram)
 
     # ------------------------------------------------------------ state
 
@@ -526,10 +575,3 @@ def _aggregates(sharpness: Sharpness | None, how: str) -> bool:
 def _all_bits(bits: Tensor) -> Tensor:
     """The status bits of every problem of a batch together, 0-dim."""
     return functools.reduce(torch.bitwise_or, bits.reshape(-1).unbind())
-
-
-def _vector(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """float64 [T] from 0-dim tensors; NaN where a task is missing."""
-    missing = torch.full((), torch.nan, dtype=torch.float64, device=device)
-    there = [missing if one is None else one.to(device, missing.dtype) for one in losses]
-    return torch.stack(there)

@@ -25,11 +25,13 @@ class Found:
         flat: float64 [T], of the flat parts f_i; None if they were not weighted apart.
         gram: float64 [T, T], of the rows that ``weights`` are for; a diagonal one where the weighting
             looks at no more.
+        clean: whether ``gram`` is of the gradients at the parameters, not at the perturbed ones.
     """
 
     weights: Tensor
     flat: Tensor | None = None
     gram: Tensor | None = None
+    clean: bool = True
 
 
 class Families:
@@ -83,7 +85,7 @@ class Families:
         gram = self._gram("loss", block.sam, None)
         weights = self._solves("loss", gram, sound)
         ops.combine(block.sam, weights, block.update)
-        return Found(weights, gram=gram)
+        return Found(weights, gram=gram, clean=False)
 
     def second(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
         """update = A''(A(g), A'(f)). The pair is formed: from Gram matrices, a short one would cancel."""
@@ -103,9 +105,10 @@ class Families:
         """update = A(h), h_i = A'(g_i, f_i); the h_i take the place of the g_i."""
         block.sam.sub_(block.jac)
         gram = self.unscaled(ops.gram(block.both))
+        tasks = sound.shape[0]
+        of_all = gram[:tasks, :tasks].contiguous()
         both = torch.cat([sound, sound])
         gram = torch.where(both.unsqueeze(1) & both, gram, torch.zeros_like(gram))
-        tasks = sound.shape[0]
         cross = gram.diagonal(tasks)  # <g_i, f_i>
         lengths = gram.diag()
         pairs = torch.stack([lengths[:tasks], cross, cross, lengths[tasks:]], 1).view(-1, 2, 2)
@@ -115,4 +118,4 @@ class Families:
         block.jac.addcmul_(block.sam, of_f.unsqueeze(1).to(block.jac.dtype))
         weights = self._solves("loss", self._gram("loss", block.jac, None), sound)
         ops.combine(block.jac, weights, block.update)
-        return Found(weights * of_g, weights * of_f, gram[:tasks, :tasks].contiguous())
+        return Found(weights * of_g, weights * of_f, of_all)

@@ -79,40 +79,56 @@ class Captured:
 
 
 class Capture:
-    """Every task's gradient, added up over the micro-batches of a step."""
+    """Every task's gradient, added up over the micro-batches of a step.
 
-    def __init__(self, roles: Roles) -> None:
+    Args:
+        roles: of the parameters.
+        partial: those are not all that is trained: a task may reach none of them.
+    """
+
+    def __init__(self, roles: Roles, *, partial: bool = False) -> None:
         self.roles = roles
+        self._partial = partial
         self._reached: set[int] = set()
         self._shared_sq: dict[int, Tensor] = {}
         self._own_sq: dict[int, Tensor] = {}
         self._packed: set[int] = set()  # tasks whose rows hold this step's gradients
 
-    def add(self, losses: TaskLosses, batched: Batched | None, scale: Tensor | None) -> None:
+    def add(
+        self,
+        losses: TaskLosses,
+        batched: Batched | None,
+        scale: Tensor | None,
+        *,
+        retain_graph: bool = False,
+    ) -> None:
         """Backward passes of one micro-batch; each gradient is packed as soon as it is there.
 
         Args:
             losses: of the micro-batch.
             batched: how many tasks a pass; None: one.
             scale: 0-dim, what every backward starts with (a loss scale); None: 1.
+            retain_graph: for another backward pass after these.
 
         Raises:
             ValueError: the roles do not hold (``Roles``).
         """
         try:
-            self._add(losses, batched, scale)
+            self._add(losses, batched, scale, retain_graph)
         except BaseException:
             self.roles.end_pass(losses.present, keep=False)
             raise
         self.roles.end_pass(losses.present, keep=True)
 
-    def _add(self, losses: TaskLosses, batched: Batched | None, scale: Tensor | None) -> None:
+    def _add(
+        self, losses: TaskLosses, batched: Batched | None, scale: Tensor | None, retain_graph: bool
+    ) -> None:
         roles = self.roles
         waiting: list[tuple[int, Gradients]] = []  # gradients whose roles are not settled yet
         settled = roles.settled
-        for task, grads in _gradients(losses, roles, batched, scale):
+        for task, grads in _gradients(losses, roles, batched, scale, retain_graph):
             hit = [k for k, g in enumerate(grads) if g is not None]
-            if not hit:
+            if not hit and not self._partial:
                 raise ValueError(
                     f"losses[{losses.names[task]!r}] must depend on a trainable parameter of the "
                     "optimizer, got one that reaches none"
@@ -172,21 +188,26 @@ class Capture:
 
 
 def _gradients(
-    losses: TaskLosses, roles: Roles, batched: Batched | None, scale: Tensor | None
+    losses: TaskLosses,
+    roles: Roles,
+    batched: Batched | None,
+    scale: Tensor | None,
+    retain_graph: bool,
 ) -> Iterator[tuple[int, Gradients]]:
     """Task after task, its gradient for every parameter of ``roles`` (None: not reached)."""
     tasks = losses.present
     if batched is None:
         for task in tasks:
-            last = task == tasks[-1]
-            yield task, losses.gradients(task, roles.params, retain_graph=not last, scale=scale)
+            keep = retain_graph or task != tasks[-1]
+            yield task, losses.gradients(task, roles.params, retain_graph=keep, scale=scale)
         return
     outputs = [losses.output(task) for task in tasks]
     reach = graph.reached(outputs, roles.params)
     size = batched.chunk or len(tasks)
     for start in range(0, len(tasks), size):
         stop = min(start + size, len(tasks))
-        grads = _vectorised(losses, tasks[start:stop], roles.params, stop < len(tasks), scale)
+        keep = retain_graph or stop < len(tasks)
+        grads = _vectorised(losses, tasks[start:stop], roles.params, keep, scale)
         for lane, task in enumerate(tasks[start:stop]):
             hit = reach[start + lane]
             yield (

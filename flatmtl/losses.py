@@ -250,3 +250,10 @@ def added(total: Losses | None, more: Losses) -> Losses:
     kept = list(total.values()) if isinstance(total, Mapping) else list(total)
     sums = added_entries(kept, entries)
     return tuple(sums) if isinstance(total, tuple) else sums
+
+
+def loss_vector(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """float64 [T] from 0-dim tensors; NaN where a task is missing."""
+    missing = torch.full((), torch.nan, dtype=torch.float64, device=device)
+    there = [missing if one is None else one.to(device, missing.dtype) for one in losses]
+    return torch.stack(there)

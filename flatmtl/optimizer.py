@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from flatmtl.roles import named_shared
 from flatmtl.sharpness import SAM, SAMO, Sharpness, check_whole, default_radii
 from flatmtl.solves import Solves
 from flatmtl.weighting import Weighting
+
+if TYPE_CHECKING:
+    from flatmtl.affinity.meter import Meter
 
 # Several graphs, gradients as side effects, flags on the host: traced by torch.compile, a step came
 # out wrong. Compiled code around it breaks here; what the closure calls may be compiled. (The public
@@ -234,6 +237,20 @@ class MultiTaskOptimizer(Optimizer):
         if self._engine.history is None:
             raise RuntimeError("there was no step yet: no history")
         return self._engine.history
+
+    def _attach(self, meter: Meter) -> None:
+        """Has an ``AffinityProbe``'s meter measure at the steps from now on."""
+        if isinstance(self.sharpness, SAMO) or isinstance(self._options.jacobian, Representation):
+            raise ValueError(
+                "optimizer must take every task's gradient of the shared parameters for an AffinityProbe: "
+                "SAMO and Representation do not"
+            )
+        self._engine.meters.append(meter)
+
+    def _detach(self, meter: Meter) -> None:
+        if meter not in self._engine.meters:
+            raise RuntimeError("the probe must be attached to be detached: it is not any more")
+        self._engine.meters.remove(meter)
 
     # ------------------------------------------------------------ the base optimizer's own things
 

@@ -22,9 +22,11 @@ class Passes:
         repeatable: whether the forward passes can be run again.
     """
 
-    def __init__(self, given: object, replay: Replay | None = None) -> None:
+    def __init__(
+        self, given: object, replay: Replay | None = None, replaying: bool = False
+    ) -> None:
         self.total: Losses | None = None
-        self._replay = replay
+        self._replay, self._replaying = replay, replaying
         self._losses: TaskLosses | None = None
         self._closures: list[Closure] = []
         self._present: list[set[TaskName]] = []  # of each micro-batch
@@ -58,7 +60,12 @@ class Passes:
             self.total = added(self.total, values)
 
     def again(
-        self, tasks: Sequence[TaskName], task: int | None, *, graph: bool = True
+        self,
+        tasks: Sequence[TaskName],
+        task: int | None,
+        *,
+        graph: bool = True,
+        replay: bool = False,
     ) -> Iterator[tuple[TaskLosses, int]]:
         """Runs every micro-batch that has the task again.
 
@@ -68,6 +75,7 @@ class Passes:
             tasks: all tasks' names.
             task: the number of the one; None: all of them, in this order.
             graph: False: without gradients.
+            replay: with the random numbers of the clean pass, also where that is not asked for.
 
         Yields:
             The micro-batch's losses, and where the task's stands among them (0 if all were asked for).
@@ -78,7 +86,7 @@ class Passes:
             name = None if task is None else tasks[task]
             if name is not None and name not in self._present[number]:
                 continue
-            if self._replay is not None:
+            if self._replay is not None and (replay or self._replaying):
                 self._replay.rewind(number)
             alone = by_task and name is not None
             with torch.set_grad_enabled(graph):

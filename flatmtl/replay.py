@@ -56,7 +56,8 @@ class Replay:
         """
         if _capturing():
             raise RuntimeError(
-                "replay_rng must be off while a CUDA graph is captured: its generators cannot be set back"
+                "replay_rng must be off, and no exact AffinityProbe due, while a CUDA graph is captured: its "
+                "generators cannot be set back"
             )
         self._before.append(self._generators.state())
 
@@ -70,3 +71,4 @@ class Replay:
         """After the last pass."""
         if self._after is not None:
             self._generators.set(self._after)
+            self._after = None

@@ -1,0 +1,345 @@
+"""What measures at a step: the part of a probe that the loop around a step, or an engine, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flatmtl import ops
+from flatmtl.affinity import measure
+from flatmtl.affinity.look_ahead import LookAhead, OptimizerStep, PlainStep
+from flatmtl.affinity.tally import Tally
+from flatmtl.block import Block
+from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
+from flatmtl.jacobian import Captured
+from flatmtl.losses import TaskName, loss_vector
+from flatmtl.roles import Roles
+
+
+@dataclass(frozen=True)
+class MeterOptions:
+    """What is measured; the arguments of ``AffinityProbe``, checked.
+
+    Attributes:
+        mode: "exact" or "first_order".
+        every: a step in so many.
+        look_ahead: "sgd" or "optimizer".
+        lr: None: the optimizer's.
+        push: "first_order" counts the momentum's part of a step in.
+        momentum: whether steps go on in the direction of earlier ones.
+        groups: sets of tasks whose joint step is measured.
+    """
+
+    mode: Literal["exact", "first_order"]
+    every: int
+    look_ahead: Literal["sgd", "optimizer"]
+    lr: float | None
+    push: bool
+    momentum: bool
+    groups: list[tuple[TaskName, ...]]
+
+    @property
+    def quantities(self) -> list[str]:
+        """The names of what is measured, in the order in which it is kept."""
+        names = ["affinity", "affinity_per_lr", "cosine"]
+        names += ["first_order"] if self.mode == "exact" else []
+        return names + (["beyond_momentum"] if self.momentum else [])
+
+
+class Meter:
+    """Measures at steps, and keeps what it found.
+
+    Args:
+        options: what.
+        optimizer: makes the steps; it is only looked at.
+        model: whose buffers looks ahead leave alone; None: there are none.
+
+    Attributes:
+        options: as given.
+        tasks: the tasks' names; None before the first measured step.
+        steps: steps seen.
+        measured: steps measured.
+        rates: the first and the last learning rate of the measured steps.
+    """
+
+    def __init__(
+        self, options: MeterOptions, optimizer: Optimizer, model: nn.Module | None
+    ) -> None:
+        self.options = options
+        self.tasks: list[TaskName] | None = None
+        self.steps = 0
+        self.measured = 0
+        self.rates: list[float] = []
+        self._base, self._model = optimizer, model
+        self._buffers = BufferKeeper(model)
+        self._watched = False
+        self._way: tuple[Block, LookAhead] | None = None
+        self._members: list[list[int]] = []
+        self._last = -options.every  # the step measured last
+        self._pending: measure.Sample | None = None
+        # of the step under way: losses, who is finite, learning rate, momentum's products with the gradients
+        self._seen: tuple[Tensor, Tensor, float | Tensor, Tensor | None] | None = None
+        self._tallies: list[Tally] = []
+        self._steps = 0  # measured in this epoch
+        self._epochs: list[tuple[int, list[Tensor]]] = []
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step that has task gradients is measured."""
+        return self.steps - self._last >= self.options.every
+
+    def at_rows(
+        self,
+        roles: Roles,
+        captured: Captured,
+        losses: Sequence[Tensor | None],
+        scale: Tensor | None,
+        again: Callable[[], Sequence[Tensor | None]],
+    ) -> None:
+        """Measures what needs the task gradients themselves.
+
+        Args:
+            roles: the shared parameters, their block's rows being the task gradients.
+            captured: their squared norms.
+            losses: [T], detached.
+            scale: of the gradients; None: 1.
+            again: the losses of the same batch at the parameters as they are.
+
+        Raises:
+            ValueError: nothing is shared, or the learning rate is not one number.
+        """
+        block = roles.shared
+        if block is None:
+            raise ValueError(
+                "shared must hold a parameter that at least two tasks reach, got none: no task's step can "
+                "touch another"
+            )
+        tasks = self.settle_tasks(roles.tasks)
+        device = block.device
+        before = loss_vector(losses, device)
+        inverse = torch.ones((), dtype=torch.float64, device=device)
+        if scale is not None:
+            inverse = inverse / scale.to(inverse)
+        lr, push = self._rate(block), None
+        if self.options.push:
+            push = self._momentum_products(block, inverse)
+        finite = captured.shared_sq.to(device).isfinite() & ~before.isnan()
+        self._seen = (before, finite, lr, push)
+        if self.options.mode == "first_order":
+            return
+        reach = roles.reach()
+        rows = measure.Rows(
+            block,
+            before,
+            finite,
+            captured.present,
+            inverse,
+            [[task in reach[k] for k in roles.shared_index] for task in range(len(tasks))],
+        )
+
+        def once() -> Tensor:
+            with torch.no_grad():
+                found = loss_vector(again(), device)
+            self._buffers.restore(unseen=True)
+            return found
+
+        self._buffers.save()
+        with watch_for_running_statistics(
+            self._model is None and not self._watched, "look-ahead", "AffinityProbe"
+        ):
+            z, joint, alone = measure.exact(
+                rows, once, self._step_of(block), lr, self._members, momentum=self.options.momentum
+            )
+        self._watched = True
+        gram = ops.gram(block.jac) * inverse.square()
+        first, _ = measure.first_order(gram, before, finite, lr)
+        self._take(z, lr, gram, first, alone, joint)
+
+    def at_gram(self, gram: Tensor) -> None:
+        """Measures what the Gram matrix tells, after ``at_rows``.
+
+        Args:
+            gram: float64 [T, T], of the unscaled task gradients.
+        """
+        assert self._seen is not None
+        before, finite, lr, push = self._seen
+        z, alone = measure.first_order(gram, before, finite, lr, push)
+        self._take(z, lr, gram, None, alone, None)
+
+    def _take(
+        self,
+        z: Tensor,
+        lr: float | Tensor,
+        gram: Tensor,
+        first: Tensor | None,
+        alone: Tensor | None,
+        joint: Tensor | None,
+    ) -> None:
+        found = {"affinity": z, "affinity_per_lr": z / lr, "cosine": measure.cosines(gram)}
+        if first is not None:
+            found["first_order"] = first
+        if alone is not None:
+            found["beyond_momentum"] = z - alone.unsqueeze(1)
+        self._pending = measure.Sample(found, joint)
+        if not isinstance(lr, Tensor):
+            self.rates = [*self.rates[:1], lr]
+
+    def made(self, ok: Tensor | None) -> None:
+        """The step was made.
+
+        Args:
+            ok: bool 0-dim: whether it was, as the device knows; None: it was.
+        """
+        sample = self._pending
+        self.drop()
+        if sample is not None:
+            stack = torch.stack([sample.matrices[name] for name in self.options.quantities])
+            parts = [stack] if sample.groups is None else [stack, sample.groups]
+            if ok is not None:
+                parts = [torch.where(ok.to(p.device), p, torch.nan) for p in parts]
+            if not self._tallies:
+                self._tallies = [Tally(tuple(p.shape), p.device) for p in parts]
+            for tally, part in zip(self._tallies, parts, strict=True):
+                tally.add(part)
+            self._last = self.steps
+            self._steps += 1
+            self.measured += 1
+        self.steps += 1
+
+    def drop(self) -> None:
+        """The step was not made: what it measured is forgotten."""
+        self._pending = self._seen = None
+
+    def settle_tasks(self, names: Sequence[TaskName]) -> list[TaskName]:
+        """The tasks in the order in which they are kept, the first one seen.
+
+        Raises:
+            ValueError: they are not those of before, or do not hold those of ``groups``.
+        """
+        if self.tasks is None:
+            known = set(names)
+            for group in self.options.groups:
+                for name in group:
+                    if name not in known:
+                        raise ValueError(
+                            f"groups must hold tasks out of {list(names)}, got {name!r}"
+                        )
+            self._members = [
+                [list(names).index(name) for name in group] for group in self.options.groups
+            ]
+            self.tasks = list(names)
+        elif set(names) != set(self.tasks):
+            raise ValueError(
+                f"losses must be of the tasks {self.tasks}, as before (None for one that is missing from "
+                f"the batch), got {list(names)}"
+            )
+        return self.tasks
+
+    def _rate(self, block: Block) -> float | Tensor:
+        if self.options.lr is not None:
+            return self.options.lr
+        ids = {id(p) for p in block.params}
+        found: list[Any] = [
+            group["lr"]
+            for group in self._base.param_groups
+            if any(id(p) in ids for p in group["params"])
+        ]
+        if any(rate is not found[0] and rate != found[0] for rate in found[1:]):
+            raise ValueError(
+                "lr must be given where the shared parameters' groups have different ones, got "
+                f"{[float(rate) for rate in found]}"
+            )
+        rate = found[0]
+        on_device = isinstance(rate, Tensor) and rate.device.type != "cpu"
+        return rate if on_device else float(rate)
+
+    def _step_of(self, block: Block) -> LookAhead:
+        if self._way is None or self._way[0] is not block:
+            plain = self.options.look_ahead == "sgd"
+            way = PlainStep(block) if plain else OptimizerStep(block, self._base)
+            self._way = (block, way)
+        return self._way[1]
+
+    def _momentum_products(self, block: Block, inverse: Tensor) -> Tensor:
+        """float64 [T]: <g_j, mu * buffer>, the inner products with the momentum's part of a step."""
+        factors = {
+            id(p): group["momentum"] for group in self._base.param_groups for p in group["params"]
+        }
+        buffers = []
+        for param in block.params:
+            buffer = self._base.state.get(param, {}).get("momentum_buffer")
+            buffers.append(None if buffer is None else buffer * factors[id(param)])
+        push = block.empty()
+        block.pack(push, buffers)
+        rows = block.jac
+        if rows.dtype == push.dtype:
+            return torch.mv(rows, push).double() * inverse
+        return torch.stack([torch.dot(row.to(push.dtype), push) for row in rows]).double() * inverse
+
+    # ------------------------------------------------------------ what it found
+
+    def end_epoch(self) -> None:
+        """What is measured from now on is kept apart. Reads the device."""
+        self._epochs.append((self._steps, [tally.read() for tally in self._tallies]))
+        self._tallies, self._steps = [], 0
+
+    def epochs(self) -> list[tuple[int, list[Tensor]]]:
+        """Of each epoch how many steps were measured, and what ``Tally.read`` gives. Reads the device."""
+        if self._epochs and not self._steps:
+            return list(self._epochs)
+        return [*self._epochs, (self._steps, [tally.read() for tally in self._tallies])]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on measuring: tensors and plain values."""
+        return {
+            "steps": self.steps,
+            "measured": self.measured,
+            "last": self._last,
+            "tasks": self.tasks,
+            "rates": list(self.rates),
+            "epoch": (self._steps, [tally.read() for tally in self._tallies]),
+            "epochs": [(steps, [part.clone() for part in parts]) for steps, parts in self._epochs],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what ``state_dict`` gave, of a probe with the same arguments.
+
+        Raises:
+            ValueError: the probe that it is from measured other things.
+        """
+        steps, parts = state["epoch"]
+        names = state["tasks"]
+        if names is not None:
+            tasks = len(names)
+            shapes = [
+                (3, len(self.options.quantities), tasks, tasks),
+                (3, tasks, len(self.options.groups)),
+            ]
+            for _, kept in [*state["epochs"], state["epoch"]]:
+                given = [tuple(part.shape) for part in kept]
+                if given and given != shapes[: 1 + bool(self.options.groups)]:
+                    raise ValueError(
+                        f"state must be of a probe with the same mode, momentum and groups, got {given} "
+                        f"where {shapes[: 1 + bool(self.options.groups)]} are kept"
+                    )
+        old, self.tasks = self.tasks, None
+        if names is not None:
+            try:
+                self.settle_tasks(names)
+            except ValueError:
+                self.tasks = old
+                raise
+        self.steps, self.measured = int(state["steps"]), int(state["measured"])
+        self._last, self.rates = int(state["last"]), list(state["rates"])
+        self._epochs = [(n, [part.clone() for part in kept]) for n, kept in state["epochs"]]
+        self._steps = int(steps)
+        device = self._base.param_groups[0]["params"][0].device
+        self._tallies = [Tally(tuple(part.shape[1:]), device) for part in parts]
+        for tally, part in zip(self._tallies, parts, strict=True):
+            tally.load(part)
+        self.drop()

@@ -1,0 +1,387 @@
+"""AffinityProbe: which task's steps lower which task's loss, measured in the run of any training loop."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flatmtl import amp, graph, ops
+from flatmtl.affinity.look_ahead import has_momentum
+from flatmtl.affinity.meter import Meter, MeterOptions
+from flatmtl.affinity.overlap import sample_overlap
+from flatmtl.affinity.record import ORIENTATION, AffinityRecord
+from flatmtl.buffers import BufferKeeper
+from flatmtl.jacobian import Capture
+from flatmtl.losses import Losses, TaskLosses, TaskName, read_losses
+from flatmtl.replay import Generators
+from flatmtl.roles import Roles, named_shared
+from flatmtl.sharpness import check_whole
+from flatmtl.watch import outside
+
+
+class AffinityProbe:
+    """Measures inter-task affinity while a model trains (TAG: Fifty et al., arXiv 2109.04617).
+
+    Z[j, i] = 1 - L_j(after a step on task i) / L_j(before): row = recipient, column = source. Above zero,
+    a step on task i alone lowers task j's loss. The step is one on the shared parameters, on the batch at
+    hand, whose losses are then taken again; parameters, gradients, module buffers, torch's random
+    numbers and the optimizer are left bit for bit as they would be without the probe.
+
+    With a ``MultiTaskOptimizer`` the probe attaches itself and uses the gradients that the step has::
+
+        optimizer = flatmtl.MultiTaskOptimizer(base, weighting=flatmtl.weighting.Mean(), model=model)
+        probe = flatmtl.AffinityProbe(optimizer)
+        ...                                       # train as ever: optimizer.step(closure)
+        record = probe.record()
+        print(flatmtl.select_groups(record, max_groups=3))
+
+    With any other optimizer, the forward pass goes through the probe::
+
+        losses = probe(closure)                   # in place of losses = closure()
+        sum(losses).backward()
+        optimizer.step()
+
+    Args:
+        optimizer: a ``MultiTaskOptimizer`` or any other torch optimizer of the model.
+        mode: "exact": the steps are taken, one forward pass (without gradients) each. "first_order":
+            lr * G_ji / L_j from the Gram matrix G of the task gradients, without any pass; nearly free
+            with a MultiTaskOptimizer, which has G.
+        every: a step in so many is measured (10 is what TAG's authors use).
+        look_ahead: "sgd": a plain step, theta - lr * g. "optimizer": the step that the optimizer would make
+            on that task's gradient, with its momentum and weight decay. With momentum the sign of Z
+            means little: ``beyond_momentum`` has Z less that of a step on momentum alone. ("exact")
+        lr: the step size; None: the learning rate, at that step, of the shared parameters. Tasks' loss
+            falls are comparable under a schedule as ``affinity_per_lr``.
+        momentum: "first_order" with torch's SGD: the momentum's part of the step is counted in (ETAP,
+            arXiv 2602.18591).
+        groups: sets of tasks whose joint step (on the sum of their losses) is measured too. ("exact")
+        shared: the parameters that steps are taken on; None: those that at least two tasks reach. Not to be
+            given with a MultiTaskOptimizer, which knows them.
+        model: the module whose buffers (BatchNorm statistics) looks ahead must leave alone. Not to be given
+            with a MultiTaskOptimizer, which has it.
+
+    Raises:
+        TypeError, ValueError: an argument is none of the above; or the optimizer is a MultiTaskOptimizer
+            without a gradient for each task (``SAMO``, ``Representation``).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        mode: Literal["exact", "first_order"] = "exact",
+        every: int = 10,
+        look_ahead: Literal["sgd", "optimizer"] = "sgd",
+        lr: float | None = None,
+        momentum: bool = False,
+        groups: Iterable[Sequence[TaskName]] = (),
+        shared: Iterable[Tensor] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        from flatmtl.optimizer import MultiTaskOptimizer  # which knows of probes
+
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if mode not in ("exact", "first_order"):
+            raise ValueError(f"mode must be 'exact' or 'first_order', got {mode!r}")
+        if look_ahead not in ("sgd", "optimizer"):
+            raise ValueError(f"look_ahead must be 'sgd' or 'optimizer', got {look_ahead!r}")
+        sets = _read_groups(groups)
+        if mode == "first_order" and (look_ahead != "sgd" or sets):
+            raise ValueError(
+                "look_ahead and groups must not be given in first_order mode, which takes no step: "
+                "momentum=True counts momentum in, and a joint step is the sum of its columns"
+            )
+        if not isinstance(momentum, bool):
+            raise TypeError(f"momentum must be True or False, got {momentum!r}")
+        if momentum and mode == "exact":
+            raise ValueError(
+                "momentum is of first_order mode; look_ahead='optimizer' has it in exact mode"
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        multi = optimizer if isinstance(optimizer, MultiTaskOptimizer) else None
+        if multi is not None and (shared is not None or model is not None):
+            raise ValueError(
+                "shared and model must not be given with a MultiTaskOptimizer, which has its own"
+            )
+        base = optimizer if multi is None else multi.base_optimizer
+        if look_ahead == "optimizer" and isinstance(base, torch.optim.LBFGS):
+            raise ValueError("look_ahead must be 'sgd' with LBFGS, which steps with a closure only")
+        if momentum:
+            _check_plain_momentum(base)
+        options = MeterOptions(
+            mode=mode,
+            every=check_whole("every", every, 1),
+            look_ahead=look_ahead,
+            lr=None if lr is None else _read_lr(lr),
+            push=momentum,
+            momentum=momentum or (look_ahead == "optimizer" and has_momentum(base)),
+            groups=sets,
+        )
+        self._multi, self._base = multi, base
+        self._named = named_shared(shared, self._params(), _label)
+        if self._named == []:
+            raise ValueError("shared must hold at least one parameter, got none")
+        kept = model if multi is None else multi.model
+        self._clean = BufferKeeper(kept)  # as the forward pass left them
+        self._before = BufferKeeper(kept)  # as they were before it
+        self._reach: dict[int, set[TaskName]] = {}  # id(parameter) -> tasks that reach it
+        self._roles: Roles | None = None
+        self._meter = Meter(options, base, kept)
+        if multi is not None:
+            multi._attach(self._meter)
+
+    @property
+    def steps(self) -> int:
+        """Steps seen."""
+        return self._meter.steps
+
+    @property
+    def measured(self) -> int:
+        """Steps measured."""
+        return self._meter.measured
+
+    # ------------------------------------------------------------ in a loop
+
+    def __call__(
+        self, closure: Callable[[], Any], *, scaler: torch.amp.GradScaler | None = None
+    ) -> Any:  # noqa: ANN401
+        """Runs a forward pass, and measures if it is due.
+
+        Args:
+            closure: computes the task losses: a sequence of scalar tensors, a mapping from task names
+                to them (in either, None for a task that is missing from the batch), or a 1-D tensor. At a
+                measured step of exact mode it is called again, without gradients, for every task.
+            scaler: the ``GradScaler`` of a float16 autocast region.
+
+        Returns:
+            What the closure returned, its graph unused.
+
+        Raises:
+            RuntimeError: the optimizer is a MultiTaskOptimizer (its ``step`` measures), or a CUDA graph
+                is being captured.
+            ValueError, TypeError: the losses do not fit; everything is as before.
+        """
+        if self._multi is not None:
+            raise RuntimeError(
+                "closure must go to optimizer.step(closure): the probe is attached to the optimizer"
+            )
+        if not callable(closure) or isinstance(closure, Tensor):
+            raise TypeError(f"closure must be callable, got {type(closure).__name__}")
+        if not self._meter.due:
+            returned = closure()
+            self._meter.made(None)
+            return returned
+        generators = Generators({p.device for p in self._params()})
+        before = generators.state()
+        if before is None:
+            raise RuntimeError("closure must not be measured while a CUDA graph is captured")
+        self._before.save()
+        try:
+            returned = closure()
+            after = generators.state()
+            self._clean.save()  # a checkpointed layer updates its statistics in backward passes too
+            try:
+                self._measure(closure, returned, scaler, lambda: generators.set(before))
+            finally:
+                self._clean.restore(unseen=True)
+                generators.set(after)
+        except BaseException:
+            self._before.restore(unseen=True)
+            generators.set(before)
+            self._meter.drop()
+            raise
+        self._meter.made(None)
+        return returned
+
+    def _measure(
+        self,
+        closure: Callable[[], Any],
+        returned: Losses,
+        scaler: torch.amp.GradScaler | None,
+        rewind: Callable[[], None],
+    ) -> None:
+        losses = read_losses(returned)
+        tasks = self._meter.settle_tasks(losses.names)
+        losses = losses.in_order(tasks)
+        roles = self._roles_for(losses)
+        scale = amp.scale_of(scaler, roles.params)
+        capture = Capture(roles, partial=True)
+        capture.add(losses, None, scale, retain_graph=True)
+
+        def again() -> Sequence[Tensor | None]:
+            rewind()
+            other = read_losses(closure(), graph=False)
+            if set(other.names) != set(tasks):
+                raise ValueError(
+                    f"closure must return the losses of tasks {tasks} when called again, got {other.names}"
+                )
+            return other.in_order(tasks).detached
+
+        self._meter.at_rows(roles, capture.finish(), losses.detached, scale, again)
+        if self._meter.options.mode == "first_order":
+            assert roles.shared is not None
+            gram = ops.gram(roles.shared.jac)
+            self._meter.at_gram(gram if scale is None else gram / scale.double().square())
+
+    def _roles_for(self, losses: TaskLosses) -> Roles:
+        """The shared parameters, with rows for their gradients."""
+        params = [p for p in self._named or self._params() if p.requires_grad]
+        if self._named is None:
+            if losses.together and not self._reach:
+                warnings.warn(
+                    "losses are entries of one tensor: every parameter that it depends on counts as shared. "
+                    "Where tasks have parameters of their own, return a list of losses, or name the "
+                    "shared parameters with shared=",
+                    stacklevel=outside(),
+                )
+            outputs = [losses.output(task) for task in losses.present]
+            graph.check_checkpoints(outputs)
+            reached = graph.reached(outputs, params)
+            for task, hits in zip(losses.present, reached, strict=True):
+                for k in hits:
+                    self._reach.setdefault(id(params[k]), set()).add(losses.names[task])
+            least = min(2, len(losses.names))
+            params = [p for p in params if len(self._reach.get(id(p), ())) >= least]
+        if not params:
+            raise ValueError(
+                "shared must hold a trainable parameter that at least two tasks reach, got none"
+            )
+        roles = self._roles
+        if (
+            roles is None
+            or list(map(id, roles.params)) != list(map(id, params))
+            or any(block.stale() for block in roles.blocks)
+        ):
+            roles = self._roles = Roles(params, losses.names, params, _label)
+        return roles
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self._base.param_groups for p in group["params"]]
+
+    def end_epoch(self) -> None:
+        """Ends an epoch: what is measured from now on is kept apart. Reads the device."""
+        self._meter.end_epoch()
+
+    def detach(self) -> None:
+        """Ends the measuring at a MultiTaskOptimizer's steps.
+
+        Raises:
+            RuntimeError: it is not attached to one.
+        """
+        if self._multi is None:
+            raise RuntimeError("the probe must be attached to a MultiTaskOptimizer to be detached")
+        self._multi._detach(self._meter)
+
+    # ------------------------------------------------------------ results
+
+    def record(self, labelled: Any = None) -> AffinityRecord:  # noqa: ANN401
+        """What was measured so far; reads the device.
+
+        Args:
+            labelled: bool [N, T], which samples of the training set have a label for which task: the
+                overlap of tasks is then part of the record and of its caveats. None: not known.
+
+        Raises:
+            RuntimeError: no step was measured yet.
+        """
+        from flatmtl import __version__
+
+        options, epochs = self._meter.options, self._meter.epochs()
+        if self._meter.tasks is None or not any(steps for steps, _ in epochs):
+            raise RuntimeError("there was no measured step yet: no record")
+        names, tasks, groups = options.quantities, len(self._meter.tasks), len(options.groups)
+        whole = np.zeros((len(epochs), 3, len(names), tasks, tasks))
+        joint = np.zeros((len(epochs), 3, tasks, groups))
+        for e, (_, parts) in enumerate(epochs):
+            for kept, part in zip((whole, joint), parts, strict=False):
+                kept[e] = part.numpy()
+        count, mean, m2 = whole.swapaxes(0, 1)  # [E, Q, T, T] each
+        of_groups, group_mean, group_m2 = joint.swapaxes(0, 1)  # [E, T, K] each
+        mean, group_mean = (
+            np.where(counts > 0, means, np.nan)
+            for counts, means in ((count, mean), (of_groups, group_mean))
+        )
+        return AffinityRecord(
+            tasks=list(self._meter.tasks),
+            groups=list(options.groups),
+            mean={name: mean[:, q] for q, name in enumerate(names)},
+            m2={name: m2[:, q] for q, name in enumerate(names)},
+            count={name: count[:, q].astype(np.int64) for q, name in enumerate(names)},
+            group_mean=group_mean,
+            group_m2=group_m2,
+            group_count=of_groups.astype(np.int64),
+            steps=np.array([steps for steps, _ in epochs], dtype=np.int64),
+            metadata={
+                "mode": options.mode,
+                "look_ahead": options.look_ahead,
+                "optimizer": type(self._base).__name__,
+                "momentum": options.momentum,
+                "every": options.every,
+                "lr": self._meter.rates,
+                "version": __version__,
+                "orientation": ORIENTATION,
+            },
+            overlap=None if labelled is None else sample_overlap(labelled),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on measuring: tensors and plain values. Reads the device."""
+        return self._meter.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what ``state_dict`` gave, of a probe with the same arguments.
+
+        Raises:
+            ValueError: the probe that it is from measured other things.
+        """
+        self._meter.load_state_dict(state)
+
+
+def _read_groups(groups: object) -> list[tuple[TaskName, ...]]:
+    if isinstance(groups, str) or not isinstance(groups, Iterable):
+        raise TypeError(f"groups must be sets of tasks, got {groups!r}")
+    found = []
+    for group in groups:
+        if isinstance(group, str) or not isinstance(group, Iterable):
+            raise TypeError(f"groups must be sets of tasks, got {group!r} among them")
+        names = tuple(group)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"groups must hold one or more different tasks each, got {names}")
+        found.append(names)
+    return found
+
+
+def _read_lr(lr: object) -> float:
+    if isinstance(lr, bool) or not isinstance(lr, numbers.Real):
+        raise TypeError(f"lr must be a number or None, got {type(lr).__name__}")
+    if not (float(lr) > 0 and math.isfinite(float(lr))):
+        raise ValueError(f"lr must be finite and above 0, got {lr}")
+    return float(lr)
+
+
+def _check_plain_momentum(optimizer: Optimizer) -> None:
+    groups = optimizer.param_groups
+    plain = isinstance(optimizer, torch.optim.SGD) and not any(
+        group["nesterov"] or group["dampening"] or group["maximize"] for group in groups
+    )
+    if not plain:
+        raise ValueError(
+            "momentum must be that of torch.optim.SGD without nesterov, dampening or maximize, got "
+            f"{type(optimizer).__name__}: look_ahead='optimizer' in exact mode takes any optimizer's step"
+        )
+
+
+def _label(param: Tensor) -> str:
+    return f"a parameter of shape {list(param.shape)}"
