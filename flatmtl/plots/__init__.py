@@ -1,8 +1,10 @@
-"""Pictures of a ``History``; matplotlib (``pip install 'flatmtl[plots]'``) is imported when one is made.
+"""Pictures of a ``History``, an ``AffinityRecord`` and a ``Grouping``.
+
+matplotlib (``pip install 'flatmtl[plots]'``) is imported when one is made.
 
 Each function takes the Axes to draw on, or makes a figure through pyplot, and returns the Axes; ``overview``
-draws all of them in one figure. Up to ten tasks are lines, drawn faint with their running mean on top;
-more are a map with a row for each task.
+draws all of a history in one figure, ``grouping_report`` all of a grouping. Up to ten tasks of a history are
+lines, drawn faint with their running mean on top; more are a map with a row for each task.
 """
 
 from __future__ import annotations
@@ -16,10 +18,32 @@ import numpy as np
 from flatmtl.history import History
 from flatmtl.ops import _status
 from flatmtl.plots import _draw, _panels
+from flatmtl.plots._reports import (
+    affinity,
+    affinity_over_time,
+    grouping_report,
+    groups,
+    value_by_count,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+__all__ = [
+    "affinity",
+    "affinity_over_time",
+    "conflict",
+    "cosines",
+    "grouping_report",
+    "groups",
+    "losses",
+    "norms",
+    "overview",
+    "sharpness",
+    "value_by_count",
+    "weights",
+]
 
 
 def losses(history: History, ax: Axes | None = None, *, smooth: int | None = None) -> Axes:
@@ -143,7 +167,7 @@ def overview(
     widths = [(5.2 if many else 4.6) * columns]
     if with_map:
         widths.append(min(height + 0.6, 4.0 + 0.45 * len(tasks)))
-    figure = _figure((sum(widths), height), on_screen=path is None)
+    figure = _draw.figure((sum(widths), height), on_screen=path is None)
     parts = figure.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
     axes = list(parts[0].subplots(rows, columns, squeeze=False).flat)
     for ax, draw in zip(axes, by_step, strict=False):
@@ -160,17 +184,6 @@ def overview(
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure
-
-
-def _figure(size: tuple[float, float], *, on_screen: bool) -> Figure:
-    _draw.matplotlib()
-    if on_screen:
-        from matplotlib import pyplot
-
-        return pyplot.figure(figsize=size, layout="constrained")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained")
 
 
 def _read(history: History) -> tuple[list[str], _draw.Arrays]:
@@ -195,7 +208,7 @@ def _alone(draw: _panels.Panel, history: History, ax: Axes | None, smooth: int |
         if draw is _panels.cosines:
             side = min(18.0, max(3.2, 0.42 * len(tasks)))
             size = (side + 1.3 + 0.08 * max(map(len, tasks)), side + 0.8)
-        ax = _figure(size, on_screen=True).add_subplot()
+        ax = _draw.figure(size, on_screen=True).add_subplot()
     draw(ax, tasks, arrays, smooth, True)
     return ax
 

@@ -11,6 +11,7 @@ from flatmtl.plots import _series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours for all kinds of colour vision, then darker shades; dashes tell the rest.
 COLOURS = (
@@ -31,6 +32,17 @@ def matplotlib() -> Any:  # noqa: ANN401
             "flatmtl.plots needs matplotlib: pip install 'flatmtl[plots]'"
         ) from missing
     return matplotlib
+
+
+def figure(size: tuple[float, float], *, on_screen: bool) -> Figure:
+    matplotlib()
+    if on_screen:
+        from matplotlib import pyplot
+
+        return pyplot.figure(figsize=size, layout="constrained")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
 
 
 def by_task(
