@@ -91,9 +91,14 @@ def cosines(gram: Tensor) -> Tensor:
 
 
 def exact(
-    rows: Rows, again: Again, way: LookAhead, lr: float | Tensor, groups: Sequence[Sequence[int]],
-    *, momentum: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    rows: Rows,
+    again: Again,
+    way: LookAhead,
+    lr: float | Tensor,
+    groups: Sequence[tuple[Sequence[int], Tensor]],
+    *,
+    momentum: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Z_ji = 1 - L_j(after a step on task i) / L_j(before), by taking the steps.
 
     Args:
@@ -101,7 +106,8 @@ def exact(
         again: runs the batch again, without a graph.
         way: how to step.
         lr: the step size.
-        groups: sets of tasks whose joint step (on the sum of their losses) is measured too.
+        groups: sets of tasks whose joint step (on the sum of their losses) is measured too, each also as
+            a float64 [T] of ones and zeros.
         momentum: whether a step without any gradient is too.
 
     Returns:
@@ -122,15 +128,13 @@ def exact(
         for task, reached in enumerate(rows.reached):
             there = task in rows.present
             columns.append(after(block.jac[task], reached, rows.finite[task]) if there else unknown)
-        for group in groups:
+        for group, members in groups:
             if not rows.present.issuperset(group):
                 joint.append(unknown)
                 continue
-            members = torch.zeros_like(before)
-            members[list(group)] = 1.0
             row = ops.combine(block.jac, members, block.empty())
             reached = [any(hits) for hits in zip(*(rows.reached[t] for t in group), strict=True)]
-            joint.append(after(row, reached, rows.finite[list(group)].all()))
+            joint.append(after(row, reached, (rows.finite | (members == 0)).all()))
         if momentum:
             everything = [any(hits) for hits in zip(*rows.reached, strict=True)]
             alone = after(block.empty().zero_(), everything, rows.finite.new_ones(()))

@@ -79,7 +79,8 @@ class Meter:
         self._buffers = BufferKeeper(model)
         self._watched = False
         self._way: tuple[Block, LookAhead] | None = None
-        self._members: list[list[int]] = []
+        self._members: list[tuple[list[int], Tensor]] = []  # positions; ones and zeros, [T]
+        self._masks: dict[frozenset[int], Tensor] = {}
         self._last = -options.every  # the step measured last
         self._pending: measure.Sample | None = None
         # of the step under way: losses, who is finite, learning rate, momentum's products with the gradients
@@ -128,7 +129,9 @@ class Meter:
         lr, push = self._rate(block), None
         if self.options.push:
             push = self._momentum_products(block, inverse)
-        finite = captured.shared_sq.to(device).isfinite() & ~before.isnan()
+        finite = captured.shared_sq.to(device).isfinite()
+        if len(captured.present) < len(tasks):
+            finite = finite & self._there(captured.present, len(tasks), device)
         self._seen = (before, finite, lr, push)
         if self.options.mode == "first_order":
             return
@@ -144,17 +147,23 @@ class Meter:
 
         def once() -> Tensor:
             with torch.no_grad():
-                found = loss_vector(again(), device)
+                found = again()
+            gone = [tasks[task] for task in captured.present if found[task] is None]
+            if gone:
+                raise ValueError(
+                    f"closure must return the losses of task(s) {gone} when called again, got None"
+                )
             self._buffers.restore(unseen=True)
-            return found
+            return loss_vector(found, device)
 
         self._buffers.save()
         with watch_for_running_statistics(
             self._model is None and not self._watched, "look-ahead", "AffinityProbe"
         ):
-            z, joint, alone = measure.exact(
-                rows, once, self._step_of(block), lr, self._members, momentum=self.options.momentum
-            )
+            # on the device from the first measured step on
+            self._members = [(group, ones.to(device)) for group, ones in self._members]
+            way, momentum = self._step_of(block), self.options.momentum
+            z, joint, alone = measure.exact(rows, once, way, lr, self._members, momentum=momentum)
         self._watched = True
         gram = ops.gram(block.jac) * inverse.square()
         first, _ = measure.first_order(gram, before, finite, lr)
@@ -187,7 +196,7 @@ class Meter:
             found["beyond_momentum"] = z - alone.unsqueeze(1)
         self._pending = measure.Sample(found, joint)
         if not isinstance(lr, Tensor):
-            self.rates = [*self.rates[:1], lr]
+            self.rates = [self.rates[0] if self.rates else lr, lr]
 
     def made(self, ok: Tensor | None) -> None:
         """The step was made.
@@ -229,9 +238,12 @@ class Meter:
                         raise ValueError(
                             f"groups must hold tasks out of {list(names)}, got {name!r}"
                         )
-            self._members = [
-                [list(names).index(name) for name in group] for group in self.options.groups
-            ]
+            self._members = []
+            for group in self.options.groups:
+                positions = [list(names).index(name) for name in group]
+                ones = torch.zeros(len(names), dtype=torch.float64)
+                ones[positions] = 1.0
+                self._members.append((positions, ones))
             self.tasks = list(names)
         elif set(names) != set(self.tasks):
             raise ValueError(
@@ -239,6 +251,13 @@ class Meter:
                 f"the batch), got {list(names)}"
             )
         return self.tasks
+
+    def _there(self, present: set[int], tasks: int, device: torch.device) -> Tensor:
+        """bool [T]: the tasks that have a loss. Made once for each set of them: a copy waits for a device."""
+        key = frozenset(present)
+        if key not in self._masks:
+            self._masks[key] = torch.tensor([task in key for task in range(tasks)], device=device)
+        return self._masks[key]
 
     def _rate(self, block: Block) -> float | Tensor:
         if self.options.lr is not None:

@@ -352,13 +352,18 @@ class AffinityProbe:
 def _read_groups(groups: object) -> list[tuple[TaskName, ...]]:
     if isinstance(groups, str) or not isinstance(groups, Iterable):
         raise TypeError(f"groups must be sets of tasks, got {groups!r}")
-    found = []
+    found: list[tuple[TaskName, ...]] = []
     for group in groups:
         if isinstance(group, str) or not isinstance(group, Iterable):
             raise TypeError(f"groups must be sets of tasks, got {group!r} among them")
         names = tuple(group)
+        for name in names:
+            if isinstance(name, bool) or not isinstance(name, (int, str)):
+                raise TypeError(f"groups must hold tasks' names or numbers, got {name!r}")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"groups must hold one or more different tasks each, got {names}")
+        if set(names) in map(set, found):
+            raise ValueError(f"groups must be different sets of tasks, got {names} twice")
         found.append(names)
     return found
 
