@@ -1,4 +1,4 @@
-"""``python -m flatmtl``: what was built, the methods, and the demo."""
+"""``python -m flatmtl``: what was built, the methods, groups of tasks, and the demo."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def methods() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    from flatmtl.affinity import command as group
     from flatmtl.demo import run as demo
 
     parser = argparse.ArgumentParser(
@@ -103,6 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "methods",
         help="the weighting methods: what each needs and keeps, and the paper it is from",
     )
+    group.add_arguments(
+        commands.add_parser(
+            "group", help="which tasks to train together, from a file of measured affinities"
+        )
+    )
     demo.add_arguments(
         commands.add_parser(
             "demo", help="train Mean, PCGrad and FS-MTL on pairs of overlaid Fashion-MNIST images"
@@ -111,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "info":
         return info()
-    return methods() if args.command == "methods" else demo.main(args)
+    if args.command == "methods":
+        return methods()
+    return group.main(args) if args.command == "group" else demo.main(args)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ _STRONGEST = 8
 
 def table(record: AffinityRecord) -> str:
     """The affinities with their standard errors, the groups, and the caveats."""
-    names = [_printable(task) for task in record.tasks]
+    names = [printable(task) for task in record.tasks]
     lines = ["row = recipient (its loss), column = source (its gradient)", _about(record)]
     matrix, error = record.matrix(), record.standard_error()
     if len(names) <= _MOST_COLUMNS:
@@ -27,7 +27,7 @@ def table(record: AffinityRecord) -> str:
     else:
         lines += ["", *_strongest(names, matrix, error)]
     if record.groups and len(names) <= 2 * _MOST_COLUMNS:
-        heads = ["+".join(_printable(task) for task in group) for group in record.groups]
+        heads = ["+".join(printable(task) for task in group) for group in record.groups]
         lines += ["", "joint step of a group:"]
         lines += _grid(names, heads, record.group_matrix(), record.group_standard_error())
     lines += [f"caveat: {line}" for line in record.caveats()]
@@ -88,7 +88,7 @@ def _cell(value: float, error: float, with_error: bool) -> str:
     return f"{value:.3g}" + (f" ± {error:.1g}" if with_error and np.isfinite(error) else "")
 
 
-def _printable(task: TaskName) -> str:
+def printable(task: TaskName) -> str:
     """The name on one line, however hostile."""
     text = str(task)
     return text if text.isprintable() else repr(text)[1:-1]

@@ -100,11 +100,13 @@ def over_time(
     error = np.stack([record.standard_error(quantity, epoch) for epoch in range(len(epochs))])
     end = max((np.nanmax(np.abs(mean[:, i, j])) for i, j in pairs), default=1.0) or 1.0
     factor, text = unit(float(end))
-    for colour, (i, j) in zip(_draw.COLOURS, pairs, strict=False):
+    for k, (i, j) in enumerate(pairs):
+        colour = _draw.COLOURS[k]
         values, wide = mean[:, i, j] / factor, np.nan_to_num(error[:, i, j]) / factor
         label = f"{names[i]} ← {names[j]}"
         if len(epochs) == 1:
-            ax.errorbar(epochs, values, wide, fmt="o", capsize=3, color=colour, label=label)
+            beside = epochs + 0.06 * (k - (len(pairs) - 1) / 2)  # not over one another
+            ax.errorbar(beside, values, wide, fmt="o", capsize=3, color=colour, label=label)
             continue
         ax.fill_between(epochs, values - wide, values + wide, color=colour, alpha=0.15, lw=0)
         _draw.line(ax, epochs, values, color=colour, lw=1.8, label=label)

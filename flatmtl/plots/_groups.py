@@ -38,7 +38,7 @@ def diagram(ax: Axes, grouping: Grouping, matrix: np.ndarray | None) -> None:
     font, labelled = _draw.labels(len(rows), 72.0 * height / len(rows))
     ax.set_yticks(labelled, _names.shown(rows[i] for i in labelled), fontsize=font)
     room = 0.0
-    if matrix is not None and labelled.step == 1 and cell > 14.0:
+    if matrix is not None and labelled.step == 1 and cell > 17.0:
         room = 0.4
         _scores_in_groups(ax, grouping, matrix / factor, at, min(8.0, 0.3 * cell), dot)
     right = ax.secondary_yaxis("right")

@@ -161,6 +161,7 @@ def grouping_report(
     _draw.matplotlib()
     pairs = _affinity.choose_pairs(_checked(record), "affinity", None)
     matrix = _matrix_of(grouping, record)
+    explained = matrix if _explains(grouping, matrix) else None
     tasks, count = len(record.tasks), len(grouping.groups)
     tall = min(12.0, max(5.6, 0.42 * tasks + 1.8))
     left, middle = tall + 0.9, min(9.0, max(4.0, 2.4 + 0.62 * count))
@@ -177,7 +178,7 @@ def grouping_report(
     above, below = figure.subfigures(2, 1, height_ratios=[tall + 0.5, foot])
     parts = above.subfigures(1, len(widths), width_ratios=widths)
     _affinity.heatmap(parts[0].subplots(), record.tasks, record.matrix(), "affinity")
-    _groups.diagram(parts[1].subplots(), grouping, matrix)
+    _groups.diagram(parts[1].subplots(), grouping, explained)
     if curves or timed:
         rows = max(curves + timed, round(tall / 4.0))  # curves that are not drawn out in height
         axes = list(parts[2].subplots(rows, 1, squeeze=False).flat)
@@ -205,6 +206,18 @@ def grouping_report(
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure
+
+
+def _explains(grouping: Grouping, matrix: np.ndarray) -> bool:
+    """Whether the scores are those of this matrix, and not of other epochs, errors or a table."""
+    place = {task: n for n, task in enumerate(grouping.tasks)}
+    for task, group in grouping.served_by.items():
+        others = [place[other] for other in grouping.groups[group] if other != task]
+        if others and not np.isclose(
+            matrix[place[task], others].mean(), grouping.scores[task], rtol=1e-6, atol=0.0
+        ):
+            return False
+    return True
 
 
 def _headline(grouping: Grouping) -> str:
