@@ -1,5 +1,7 @@
-// flatmtl._core: what is no tensor operator. Build information; later the selection of task groups.
+// flatmtl._core: what is no tensor operator. Build information and the selection of task groups.
 #include <pybind11/pybind11.h>
+
+#include "selection.h"
 
 #ifndef FLATMTL_BUILD_TORCH
 #define FLATMTL_BUILD_TORCH "unknown"
@@ -26,4 +28,5 @@ PYBIND11_MODULE(_core, m) {
       "What this build was made with: compiler, torch headers, CUDA toolkit ('' if built without) "
       "and "
       "the CUDA architectures.");
+  bind_selection(m);
 }
