@@ -111,6 +111,9 @@ def measured_run(table, settings, seed, mode="exact", lr=None):
     """One training of all tasks together.
 
     Args:
+        table: the seed's.
+        settings: what the run is.
+        seed: of first weights and batches.
         mode: of the probe; None: no probe.
         lr: of the look-ahead; None: the optimizer's own.
 

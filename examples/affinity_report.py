@@ -30,7 +30,9 @@ def write(by_seed, variances, results, folder, most):
     names = list(by_seed[0][0].tasks)
     errors = {key: _errors(by_seed, results, names, key) for key in by_seed[0][1]}
     networks = {
-        key: np.mean([len(set(served.values())) for _, found, _ in by_seed for served in found[key]])
+        key: np.mean(
+            [len(set(served.values())) for _, found, _ in by_seed for served in found[key]]
+        )
         for key in errors
     }
     lines = ["# Which of QM8's tasks should train together", ""]
@@ -49,10 +51,7 @@ def _errors(by_seed, results, names, key):
     """Test errors of one method: [seeds, draws, T]."""
     return np.array(
         [
-            [
-                [results.error(seed, served[name], name) for name in names]
-                for served in found[key]
-            ]
+            [[results.error(seed, served[name], name) for name in names] for served in found[key]]
             for seed, (_, found, _) in enumerate(by_seed)
         ]
     )
@@ -69,9 +68,7 @@ def _probe(probes):
     for seed, about in probes.items():
         for found in about["agreement"]:
             rate = found.get("lr", "the optimizer's")
-            lines.append(
-                f"| {seed} | {rate} | {found['pearson']:.6f} | {found['spearman']:.6f} |"
-            )
+            lines.append(f"| {seed} | {rate} | {found['pearson']:.6f} | {found['spearman']:.6f} |")
     lines.append("")
     for seed, about in probes.items():
         for found in about["agreement"]:
@@ -137,7 +134,7 @@ def _by_task(errors, variances, names, most):
 
 
 def pair_gains(results, seed, names, part="test"):
-    """How much lower a task's error is with a partner than alone: [T, T], row = recipient, 0 on the diagonal."""
+    """Share of a task's error alone that a partner removes: [T, T], row = recipient, 0 on the diagonal."""
     gains = np.zeros((len(names), len(names)))
     for i, j in itertools.permutations(range(len(names)), 2):
         pair = tuple(sorted((names[i], names[j]), key=names.index))
@@ -165,8 +162,7 @@ def _gains(by_seed, results, names):
         lines.append(f"| {quantity} | {_against(mean, mean_gain)} |")
     if len(gains) > 1:
         halves = [
-            _against(gains[a], gains[b])
-            for a, b in itertools.combinations(range(len(gains)), 2)
+            _against(gains[a], gains[b]) for a, b in itertools.combinations(range(len(gains)), 2)
         ]
         numbers = np.array([[float(cell) for cell in half.split("|")] for half in halves]).mean(0)
         cells = " | ".join(f"{value:.2f}" for value in numbers)

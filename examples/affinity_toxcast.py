@@ -82,6 +82,9 @@ def measure(features, values, names, settings, seed=0):
     Args:
         features: [N, F].
         values: [N, T], NaN where not labelled.
+        names: of the T tasks.
+        settings: what the run is.
+        seed: of first weights and batches.
 
     Returns:
         The record, with the overlap of the labels; mean losses by step (numpy); seconds in the loop.

@@ -1,4 +1,4 @@
-"""One progress bar: rich's where it is installed (`pip install 'flatmtl[demo]'`), else a line now and then."""
+"""One progress bar: rich's where it is installed (the `demo` extra), else a line now and then."""
 
 import sys
 import time
@@ -14,7 +14,11 @@ def progress(total):
         print("no progress bar: rich is missing (pip install 'flatmtl[demo]')", file=sys.stderr)
         yield _lines(total)
         return
-    columns = TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+    )
     with Progress(*columns, TimeRemainingColumn(), transient=True) as bars:
         bar = bars.add_task("", total=total)
         yield lambda count, text: bars.update(bar, advance=count, description=text)
