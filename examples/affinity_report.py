@@ -79,9 +79,10 @@ def _probe(probes):
                     f"{found['own_rate']['spearman']:.4f}."
                 )
         lines.append(
-            f"Seed {seed}: {about['plain_s']:.2f} s without a probe, {about['exact_s']:.2f} s with the "
-            f"exact one, {about['first_order_s']:.2f} s with the first-order one, {about['measured']} "
-            f"steps measured; weights with and without the exact probe "
+            f"Seed {seed}: {about['plain_s']:.2f} CPU seconds without a probe, {about['exact_s']:.2f} "
+            f"with the exact one, {about['first_order_s']:.2f} with the first-order one (whose matrix "
+            f"against the exact probe's first_order: Pearson {about['modes']['pearson']:.6f}); "
+            f"{about['measured']} steps measured; weights with and without the exact probe "
             f"{'the same to the bit' if about['same_weights'] else 'DIFFER'}."
         )
     return [*lines, ""]
