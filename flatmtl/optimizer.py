@@ -226,6 +226,12 @@ class MultiTaskOptimizer(Optimizer):
         return self._options.model
 
     @property
+    def runs_again(self) -> bool:
+        """Whether a step runs its closures more than once: with sharpness or an exact ``AffinityProbe``."""
+        meters = self._engine.meters
+        return self.sharpness is not None or any(m.options.mode == "exact" for m in meters)
+
+    @property
     def history(self) -> History:
         """The diagnostics of the last steps.
 

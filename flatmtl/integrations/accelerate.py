@@ -65,22 +65,23 @@ class Backward:
     ) -> Losses | None:
         """Takes the gradients of a batch's losses.
 
-        With sharpness every pass runs over all batches of a step, so that they are kept until the last
-        one has come, and computed then.
+        With sharpness, or an exact ``AffinityProbe``, passes run over all batches of a step again, so that
+        these are kept until the last one has come, and computed then.
 
         Args:
-            losses: the losses of this batch, or a function that computes them (with sharpness, always);
-                it may take ``tasks=``, as a closure of ``MultiTaskOptimizer.step`` does.
+            losses: the losses of this batch, or a function that computes them (with sharpness or an
+                exact probe, always); it may take ``tasks=``, as a closure of ``MultiTaskOptimizer.step``
+                does.
             *args: what the function is called with. They are bound here and now: a function that finds
                 the batch in a name of the loop would find a later one.
             **options: the same.
 
         Returns:
-            The losses, detached, before the division (with sharpness the mean over the step's batches);
-            None while they are kept.
+            The losses, detached, before the division (the mean over the step's batches where those were
+            kept); None while they are kept.
 
         Raises:
-            ValueError: sharpness with ``gradient_accumulation_steps``, and a function without arguments.
+            ValueError: batches are kept, and a function comes without arguments.
         """
         by = self._accelerator.gradient_accumulation_steps
         scaler = self._accelerator.scaler
@@ -89,13 +90,14 @@ class Backward:
             return divide(found, 1 / by)
         if args or options:
             losses = partial(losses, *args, **options)
-        elif by > 1 and self._optimizer.sharpness and not isinstance(losses, partial):
+        elif by > 1 and self._optimizer.runs_again and not isinstance(losses, partial):
             raise ValueError(
                 "losses must be given with their batch, as backward(task_losses, model, batch), when "
-                "batches are accumulated with sharpness: it is run when later ones have come"
+                "batches are accumulated with sharpness or an exact probe: it is run when later ones have "
+                "come"
             )
         closure = divided(losses, by)
-        if self._optimizer.sharpness is None:
+        if not self._optimizer.runs_again:
             return divide(self._optimizer.backward(closure, scaler=scaler), 1 / by)
         self._kept.append(closure)
         if not self._accelerator.sync_gradients:
