@@ -31,6 +31,7 @@ from molecules import FEATURES, ngram_features, read_table, split, standardise
 from progress import progress
 
 import flatmtl
+from flatmtl.grouping import hoa_matrix, random_groups
 
 KINDS = "E1", "E2", "f1", "f2"
 WORKERS = 2
@@ -251,11 +252,14 @@ def groupings(record, results, seed, settings):
         pair: {name: results.error(seed, pair, name, "validation") for name in pair}
         for pair in itertools.combinations(names, 2)
     }
-    hoa, hoa_tasks = flatmtl.hoa_matrix(single, pairs)
+    hoa, hoa_tasks = hoa_matrix(single, pairs)
     texts = []
     for count in range(1, settings.most + 1):
         chosen = {
             "TAG": flatmtl.select_groups(record, count, near_ties=2),
+            "TAG, rows normalised": flatmtl.select_groups(
+                record.matrix(normalise=True), count, tasks=names
+            ),
             "cosine": flatmtl.select_groups(record.matrix("cosine"), count, tasks=names),
             "HOA": flatmtl.select_groups(
                 hoa, count, objective="hoa", minimise=True, tasks=hoa_tasks
@@ -269,9 +273,7 @@ def groupings(record, results, seed, settings):
             found[method, count] = [served]
         found["random", count] = [
             _served(
-                flatmtl.random_groups(
-                    names, count, seed=1000 * seed + 10 * count + draw, partition=True
-                )
+                random_groups(names, count, seed=1000 * seed + 10 * count + draw, partition=True)
             )
             for draw in range(settings.draws)
         ]

@@ -89,31 +89,40 @@ def _probe(probes):
 
 
 def _table(errors, networks):
-    """Mean test error by method, and what it is against all together, seed by seed."""
-    together = errors["all together", 1].mean((1, 2))  # [S]
+    """Mean test error by method, and what it is against all together and random, seed by seed."""
+    together = errors["all together", 1].mean(1)  # [S, T]
     lines = [
         "## Test error",
         "",
         f"Mean over the tasks of the mean squared error, targets standardised; mean ± deviation over "
-        f"{len(together)} seeds. Difference: to all together with the same seed, negative is better.",
+        f"{len(together)} seeds. To all together: its change with the same seed, negative is better; by "
+        "task: mean over the tasks of the change of each (every task counts the same, as in affinity). "
+        "To random: its change to the mean of the random groupings of as many networks.",
         "",
-        "| method | networks allowed | trained | test error | difference, % | better in | draws |",
-        "|:---|---:|---:|---:|---:|---:|---:|",
+        "| method | networks allowed | trained | test error | to all together, % | by task, % | "
+        "to random, % | draws |",
+        "|:---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (method, count), found in errors.items():
         by_draw = found.mean(2)  # [S, D]
         by_seed = by_draw.mean(1)
-        difference = 100 * (by_seed / together - 1)
-        lines.append(
-            f"| {method} | {count} | {networks[method, count]:.1f} | {_spread(by_seed, 4)} | "
-            f"{_spread(difference, 2, sign='+')} | {(difference < 0).sum()} of {len(difference)} | "
-            f"{'' if by_draw.shape[1] == 1 else f'{by_draw.min():.4f} to {by_draw.max():.4f}'} |"
-        )
+        cells = [
+            f"{method} | {count} | {networks[method, count]:.1f}",
+            _spread(by_seed, 4),
+            _spread(100 * (by_seed / together.mean(1) - 1), 2, "+"),
+            _spread(100 * (found / together[:, None] - 1).mean((1, 2)), 2, "+"),
+            "",
+            "" if by_draw.shape[1] == 1 else f"{by_draw.min():.4f} to {by_draw.max():.4f}",
+        ]
+        if ("random", count) in errors and method != "random":
+            chance = errors["random", count].mean((1, 2))
+            cells[4] = _spread(100 * (by_seed / chance - 1), 2, "+")
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def _spread(values, digits, sign=""):
-    deviation = values.std(ddof=1) if len(values) > 1 else np.nan
+    deviation = values.std(ddof=1) if len(values) > 1 else np.nan  # one seed: not known
     return f"{values.mean():{sign}.{digits}f} ± {deviation:.{digits}f}"
 
 

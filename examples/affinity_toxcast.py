@@ -28,6 +28,7 @@ from progress import progress
 from torch import nn
 
 import flatmtl
+from flatmtl.grouping import cluster_groups
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,10 @@ def run(data, folder, settings):
     lines += ["| groups | number | sizes | pairs inside of one assay family | at random | s |"]
     lines += ["|:---|---:|:---|---:|---:|---:|"]
     ways = {
-        "clustering of the affinity": lambda: flatmtl.cluster_groups(
+        "clustering of the affinity": lambda: cluster_groups(
             affinity, settings.groups, tasks=names
         ),
-        "clustering of the cosine": lambda: flatmtl.cluster_groups(
+        "clustering of the cosine": lambda: cluster_groups(
             np.nan_to_num(record.matrix("cosine")), settings.groups, tasks=names
         ),
         "select_groups, heuristic": lambda: flatmtl.select_groups(
