@@ -4,9 +4,10 @@
 methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on their own.
 """
 
-from flatmtl import ops, plots, weighting
+from flatmtl import grouping, ops, plots, weighting
 from flatmtl.affinity import AffinityProbe, AffinityRecord, sample_overlap
 from flatmtl.aggregation import aggregate
+from flatmtl.grouping import select_groups
 from flatmtl.history import History
 from flatmtl.jacobian import Batched
 from flatmtl.optimizer import MultiTaskOptimizer
@@ -26,8 +27,10 @@ __all__ = [
     "Representation",
     "__version__",
     "aggregate",
+    "grouping",
     "ops",
     "plots",
     "sample_overlap",
+    "select_groups",
     "weighting",
 ]
