@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flatmtl.affinity._names import printable
+
 if TYPE_CHECKING:
     from flatmtl.affinity.record import AffinityRecord
 
@@ -55,7 +57,7 @@ def _not_positive(record: AffinityRecord) -> list[str]:
     if "cosine" not in record.quantities:
         return []
     lost = (record.counts("cosine") - record.counts()).max(axis=1, initial=0)
-    rows = [f"{record.tasks[i]} ({lost[i]})" for i in np.flatnonzero(lost > 0)]
+    rows = [f"{printable(record.tasks[i])} ({lost[i]})" for i in np.flatnonzero(lost > 0)]
     if not rows:
         return []
     return [
@@ -91,7 +93,8 @@ def _pairs(record: AffinityRecord, where: np.ndarray) -> str:
     """How many of the pairs, and the first few as recipient <- source."""
     at = np.argwhere(where)
     size = len(record.tasks)
-    names = [f"{record.tasks[i]} <- {record.tasks[j]}" for i, j in at[:4]]
+    called = [printable(task) for task in record.tasks]
+    names = [f"{called[i]} <- {called[j]}" for i, j in at[:4]]
     verb = "is" if len(at) == 1 else "are"
     return f"{len(at)} of {size * (size - 1)} pairs ({_few(names, len(at))}) {verb}"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flatmtl.affinity._text import printable
+from flatmtl.affinity._names import printable
 from flatmtl.losses import TaskName
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _groups(grouping: Grouping) -> list[str]:
     for number, group in enumerate(grouping.groups):
         names = [printable(t) + ("" if grouping.served_by[t] == number else "*") for t in group]
         lines.append(f"{number + 1:>3}  {', '.join(names)}")
-    if any(line.endswith("*") or "*," in line for line in lines):
+    if sum(map(len, grouping.groups)) > len(grouping.tasks):
         lines.append("     * helps there, and is served by another group")
     return lines
 
@@ -69,9 +69,9 @@ def _served(grouping: Grouping) -> list[str]:
 
 
 def _by_count(grouping: Grouping) -> list[str]:
-    lines = ["groups at most  mean score"]
+    lines = ["groups at most    mean score"]
     for number, value in enumerate(grouping.by_count, 1):
-        shown = f"{'not possible':>12}" if value is None else f"{value:>12.6g}"
+        shown = f"{'not possible':>14}" if value is None else f"{value:>14.6g}"
         best = "  <- the fewest that reach it" if number == grouping.fewest else ""
         lines.append(f"{number:>14}{shown}{best}")
     return lines

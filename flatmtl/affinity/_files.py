@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -48,10 +49,13 @@ def load(path: str | PathLike[str]) -> dict[str, Any]:
     """The arguments of the constructor."""
     wrong = f"path must be an npz file that AffinityRecord.save wrote, got {fspath(path)!r}"
     with Path(path).open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{wrong}: not an npz file, or cut short")
+        file.seek(0)
         try:
             arrays = dict(np.load(file, allow_pickle=False))
-        except (ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
-            raise ValueError(f"{wrong}: {error or 'it ends early'}") from None
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{wrong}: {error}") from None
     if "about" not in arrays:
         raise ValueError(f"{wrong}: without metadata (it holds {', '.join(sorted(arrays))})")
     try:

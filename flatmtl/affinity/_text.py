@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flatmtl.losses import TaskName
+from flatmtl.affinity._names import printable
 
 if TYPE_CHECKING:
     from flatmtl.affinity.record import AffinityRecord
@@ -20,29 +21,43 @@ _STRONGEST = 8
 def table(record: AffinityRecord) -> str:
     """The affinities with their standard errors, the groups, and the caveats."""
     names = [printable(task) for task in record.tasks]
-    lines = ["row = recipient (its loss), column = source (its gradient)", _about(record)]
     matrix, error = record.matrix(), record.standard_error()
+    factor, unit = _unit(matrix)
+    lines = ["row = recipient (its loss), column = source (its gradient)"]
+    lines += [_about(record, bool(np.isfinite(error).any())) + unit, ""]
     if len(names) <= _MOST_COLUMNS:
-        lines += ["", *_grid(names, names, matrix, error)]
+        lines += _grid(names, names, matrix / factor, error / factor)
     else:
-        lines += ["", *_strongest(names, matrix, error)]
+        lines += _strongest(names, matrix / factor, error / factor)
     if record.groups and len(names) <= 2 * _MOST_COLUMNS:
         heads = ["+".join(printable(task) for task in group) for group in record.groups]
-        lines += ["", "joint step of a group:"]
-        lines += _grid(names, heads, record.group_matrix(), record.group_standard_error())
+        joint, its_error = record.group_matrix(), record.group_standard_error()
+        lines += ["", "after a joint step of a group:"]
+        lines += _grid(names, heads, joint / factor, its_error / factor)
     lines += [f"caveat: {line}" for line in record.caveats()]
     return "\n".join(lines)
 
 
-def _about(record: AffinityRecord) -> str:
+def _unit(matrix: np.ndarray) -> tuple[float, str]:
+    """What to divide by so that two decimals say enough, from the entries off the diagonal."""
+    others = np.abs(matrix[~np.eye(len(matrix), dtype=bool)])
+    largest = others[np.isfinite(others)].max(initial=0.0)
+    if largest == 0.0 or 0.1 <= largest < 1e4:
+        return 1.0, ""
+    power = math.floor(math.log10(largest))
+    return 10.0**power, f", in 1e{power}"
+
+
+def _about(record: AffinityRecord, errors: bool) -> str:
     known = record.metadata
-    parts = [f"{len(record.tasks)} tasks"]
     if known.get("mode") == "given":
-        return f"affinity of {parts[0]}, given"
-    parts += [f"{int(record.steps.sum())} measured steps", f"{len(record.steps)} epochs"]
+        return f"affinity of {len(record.tasks)} tasks, given"
+    epochs = len(record.steps)
+    parts = [f"{len(record.tasks)} tasks", f"{int(record.steps.sum())} measured steps"]
+    parts += [f"{epochs} {'epoch' if epochs == 1 else 'epochs'}"]
     parts += [str(known["mode"])] if "mode" in known else []
     parts += [f"{known['look_ahead']} look-ahead"] if known.get("look_ahead") else []
-    return f"affinity of {', '.join(parts)}; mean ± standard error"
+    return f"affinity of {', '.join(parts)}" + ("; mean ± standard error" if errors else "")
 
 
 def _grid(
@@ -85,10 +100,4 @@ def _strongest(names: Sequence[str], matrix: np.ndarray, error: np.ndarray) -> l
 def _cell(value: float, error: float, with_error: bool) -> str:
     if np.isnan(value):
         return "-"
-    return f"{value:.3g}" + (f" ± {error:.1g}" if with_error and np.isfinite(error) else "")
-
-
-def printable(task: TaskName) -> str:
-    """The name on one line, however hostile."""
-    text = str(task)
-    return text if text.isprintable() else repr(text)[1:-1]
+    return f"{value:.2f}" + (f" ± {error:.2f}" if with_error and np.isfinite(error) else "")

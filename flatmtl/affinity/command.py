@@ -70,12 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tasks of which no two train together; may be repeated",
     )  # fmt: skip
     add(
-        "--near-ties", type=int, default=3, metavar="N",
-        help="how many of the next best choices to show (default: 3)",
+        "--near-ties", type=int, metavar="N",
+        help="how many of the next best choices to show (default: 3; none with --heuristic)",
     )  # fmt: skip
     add(
         "--heuristic", action="store_true",
-        help="for more tasks than an exact search can take: a search without guarantee",
+        help="for more tasks than an exact search can take: a local search, with a bound",
     )  # fmt: skip
     add("--plot", type=Path, metavar="PNG", help="draw all of it (needs matplotlib)")
     add(
@@ -115,6 +115,9 @@ def _run(args: argparse.Namespace) -> int:
         "minimise": args.minimise,
         "allow_single": args.allow_single,
     }
+    near_ties = args.near_ties
+    if near_ties is None:
+        near_ties = 0 if args.heuristic else 3
     with Bar("selecting groups") as bar:
         grouping = select_groups(
             matrix,
@@ -123,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
             must=[_known(record, names) for names in args.must],
             must_not=[_known(record, names) for names in args.must_not],
             partition=args.partition,
-            near_ties=args.near_ties,
+            near_ties=near_ties,
             heuristic=args.heuristic,
             tasks=record.tasks,
             progress=bar,
@@ -132,7 +135,7 @@ def _run(args: argparse.Namespace) -> int:
     error = None if args.normalise else record.standard_error(args.quantity, args.epochs)
     print(_about(args, record))
     print(_choice.text(grouping, matrix, error, rules))
-    for caveat in record.caveats():
+    for caveat in [*record.caveats(), *_alone(args, record)]:
         print(f"caveat: {caveat}")
     if args.csv is not None:
         _write_csv(args.csv, grouping)
@@ -155,6 +158,15 @@ def _about(args: argparse.Namespace, record: AffinityRecord) -> str:
         f"{args.file}: {quantity} of {len(record.tasks)} tasks, {int(chosen.sum())} measured steps in "
         f"{len(chosen)} {'epoch' if len(chosen) == 1 else 'epochs'}; row = recipient"
     )
+
+
+def _alone(args: argparse.Namespace, record: AffinityRecord) -> list[str]:
+    if not args.allow_single or record.metadata.get("mode") == "given":
+        return []
+    return [
+        "a task alone is scored by its diagonal entry: its own step on the very batch that is "
+        "measured, which makes training alone look better than it is"
+    ]
 
 
 def _write_csv(path: Path, grouping: Grouping) -> None:

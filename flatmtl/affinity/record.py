@@ -205,7 +205,8 @@ class AffinityRecord:
             return slice(None)
         if isinstance(epochs, slice):
             if not len(range(*epochs.indices(number))):
-                raise ValueError(f"epochs must choose some of the {number} epochs, got {epochs}")
+                given = f"{epochs.start}:{epochs.stop}".replace("None", "")
+                raise ValueError(f"epochs must choose some of the {number} epochs, got {given}")
             return epochs
         if isinstance(epochs, bool) or not isinstance(epochs, int | np.integer):
             raise TypeError(f"epochs must be None, an int or a slice, got {epochs!r}")

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flatmtl.affinity import AffinityRecord
+from flatmtl.grouping import Grouping
 from flatmtl.losses import TaskName
-from flatmtl.plots import _affinity, _draw, _groups
+from flatmtl.plots import _affinity, _draw, _groups, _names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from flatmtl.grouping import Grouping
 
 
 def affinity(
@@ -56,7 +55,7 @@ def affinity(
         raise ValueError("record must hold a measured pair of two tasks, got none")
     if ax is None:
         side = min(18.0, max(3.4, 0.5 * len(names)))
-        label = 0.08 * min(24, max(len(str(name)) for name in names))
+        label = _label(names)
         ax = _draw.figure((side + 1.6 + label, side + 0.9 + label), on_screen=True).add_subplot()
     _affinity.heatmap(ax, names, matrix, quantity)
     return ax
@@ -103,10 +102,14 @@ def value_by_count(grouping: Grouping | Sequence[float | None], ax: Axes | None 
     """
     _draw.matplotlib()
     values: Sequence[float | None]
-    if isinstance(grouping, Sequence):
+    if isinstance(grouping, Grouping):
+        values, fewest = grouping.by_count, grouping.fewest
+    elif isinstance(grouping, Sequence):
         values, fewest = grouping, None
     else:
-        values, fewest = grouping.by_count, grouping.fewest
+        raise TypeError(
+            f"grouping must be a flatmtl Grouping or its values, got {type(grouping).__name__}"
+        )
     if all(value is None for value in values):
         raise ValueError(f"grouping must hold values by number of groups, got {list(values)}")
     if ax is None:
@@ -134,10 +137,11 @@ def groups(
         ValueError: the affinities are those of other tasks.
     """
     _draw.matplotlib()
+    _check_grouping(grouping)
     matrix = None if affinity is None else _matrix_of(grouping, affinity)
     if ax is None:
-        width = 2.6 + min(14.0, 0.8 * len(grouping.groups))
-        size = (max(4.6, width), min(18.0, max(2.4, 1.2 + 0.32 * len(grouping.tasks))))
+        width = _label(grouping.tasks) + max(3.8, min(15.5, 1.5 + 0.8 * len(grouping.groups)))
+        size = (width, min(18.0, max(2.4, 1.2 + 0.32 * len(grouping.tasks))))
         ax = _draw.figure(size, on_screen=True).add_subplot()
     _groups.diagram(ax, grouping, matrix)
     return ax
@@ -160,11 +164,12 @@ def grouping_report(
     """
     _draw.matplotlib()
     pairs = _affinity.choose_pairs(_checked(record), "affinity", None)
+    _check_grouping(grouping)
     matrix = _matrix_of(grouping, record)
     explained = matrix if _explains(grouping, matrix) else None
     tasks, count = len(record.tasks), len(grouping.groups)
     tall = min(12.0, max(5.6, 0.42 * tasks + 1.8))
-    left, middle = tall + 0.9, min(9.0, max(4.0, 2.4 + 0.62 * count))
+    left, middle = tall + 0.9, _label(grouping.tasks) + min(8.0, max(3.6, 1.4 + 0.62 * count))
     curves = len(grouping.by_count) > 1
     timed = len(record.steps) > 1
     widths = [left, middle] + [4.8] * (curves or timed)
@@ -175,8 +180,9 @@ def grouping_report(
     ]
     foot = 0.17 * len(caveats) + 0.1
     figure = _draw.figure((sum(widths), tall + 0.5 + foot), on_screen=path is None)
-    above, below = figure.subfigures(2, 1, height_ratios=[tall + 0.5, foot])
-    parts = above.subfigures(1, len(widths), width_ratios=widths)
+    halves = figure.subfigures(2, 1, squeeze=False, height_ratios=[tall + 0.5, foot])
+    above, below = halves[:, 0]
+    parts = above.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
     _affinity.heatmap(parts[0].subplots(), record.tasks, record.matrix(), "affinity")
     _groups.diagram(parts[1].subplots(), grouping, explained)
     if curves or timed:
@@ -208,6 +214,11 @@ def grouping_report(
     return figure
 
 
+def _label(tasks: Sequence[TaskName]) -> float:
+    """Inches that the tasks' names take."""
+    return 0.08 * max(map(len, _names.shown(tasks)))
+
+
 def _explains(grouping: Grouping, matrix: np.ndarray) -> bool:
     """Whether the scores are those of this matrix, and not of other epochs, errors or a table."""
     place = {task: n for n, task in enumerate(grouping.tasks)}
@@ -231,6 +242,11 @@ def _checked(record: AffinityRecord) -> AffinityRecord:
     if not isinstance(record, AffinityRecord):
         raise TypeError(f"record must be a flatmtl AffinityRecord, got {type(record).__name__}")
     return record
+
+
+def _check_grouping(grouping: Grouping) -> None:
+    if not isinstance(grouping, Grouping):
+        raise TypeError(f"grouping must be a flatmtl Grouping, got {type(grouping).__name__}")
 
 
 def _has_pairs(matrix: np.ndarray) -> bool:
