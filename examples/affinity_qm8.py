@@ -301,6 +301,8 @@ def one_seed(table, settings, seed, results, folder, advance):
 
 def run(data, folder, settings, seeds):
     """The whole experiment; returns its report as Markdown."""
+    import matplotlib  # noqa: F401  # missing: said before the work, not after it
+
     folder.mkdir(parents=True, exist_ok=True)
     about = {"settings": json.loads(json.dumps(asdict(settings)))}
     about["data"] = zlib.crc32(data.read_bytes())
@@ -332,7 +334,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         print(run(args.data, args.out, QUICK if args.quick else Settings(), args.seeds))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"affinity_qm8: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -135,6 +135,8 @@ def families(groups, names):
 
 def run(data, folder, settings):
     """The whole run; returns its report as Markdown."""
+    import sklearn  # noqa: F401  # missing: said before the work, not after it
+
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     smiles, names, values = read_table(data)
@@ -212,7 +214,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         print(run(args.data, args.out, QUICK if args.quick else Settings()))
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"affinity_toxcast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
