@@ -1,7 +1,8 @@
 """flatmtl: multi-task learning with per-task gradients, nearly free.
 
 ``MultiTaskOptimizer`` is a drop-in around any torch optimizer; ``weighting`` holds the aggregation
-methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on their own.
+methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on their own. ``AffinityProbe``
+measures which tasks help each other, ``select_groups`` chooses which to train together.
 """
 
 from flatmtl import grouping, ops, plots, weighting

@@ -145,6 +145,21 @@ def test_other_quantities(rng):
     assert "cosine" in ax.get_title()
 
 
+def test_epochs_and_normalised_rows(rng):
+    record = a_record(rng)
+    grouping = evaluate_groups(GROUPS, record)
+    options = {"epochs": slice(1, 3), "normalise": True}
+    expected = record.matrix(**options)
+    off = ~np.eye(5, dtype=bool)
+    for ax in (
+        plots.affinity(record, **options),
+        plots.grouping_report(record, grouping, **options).get_axes()[0],
+    ):
+        shown = np.ma.filled(ax.images[0].get_array(), np.nan)
+        np.testing.assert_allclose(shown[off], expected[off])
+        assert "normalised" in ax.get_title()
+
+
 def test_values_and_names_stay_readable(rng):
     few, many = plots.affinity(rng.random((5, 5))), plots.affinity(rng.random((40, 40)))
     assert few.texts[0].get_fontsize() > many.texts[0].get_fontsize() >= 3.5

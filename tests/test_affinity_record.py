@@ -14,6 +14,8 @@ import pytest
 import flatmtl
 from flatmtl import AffinityRecord, sample_overlap
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 HOSTILE = ["a,b", 'say "hi"', "naïve 任务 🙂", "two\nlines", " padded ", 7, "7 of 9", "$x$"]
 
 
@@ -134,6 +136,12 @@ def test_some_epochs(epochs, at, rng):
     np.testing.assert_allclose(record.matrix(epochs=epochs), mean, rtol=1e-13)
     np.testing.assert_allclose(record.standard_error("affinity", epochs), error, rtol=1e-9)
     np.testing.assert_array_equal(record.counts("affinity", epochs), count)
+
+
+def test_one_sample_has_no_error(rng):
+    record = a_record([rng.random((1, 2, 2)), rng.random((0, 2, 2))])
+    assert np.isnan(record.standard_error()).all() and (record.counts() == 1).all()
+    np.testing.assert_array_equal(record.matrix(), record.mean["affinity"][0])
 
 
 def test_an_epoch_without_measurements(rng):
@@ -423,8 +431,10 @@ def one_caveat(record, *words):
 
 def test_momentum_takes_the_sign_its_meaning(rng):
     epochs = [rng.random((40, 3, 3))]
-    for metadata in ({"momentum": True}, {"look_ahead": "optimizer", "momentum": False}):
+    for metadata in ({"momentum": True}, {"look_ahead": "optimizer"}):
         one_caveat(a_record(epochs, metadata={"mode": "exact", **metadata}), "look-ahead", "sign")
+    plain = {"mode": "exact", "look_ahead": "optimizer", "momentum": False}
+    assert not a_record(epochs, metadata=plain).caveats()
 
 
 def test_few_steps(rng):

@@ -371,3 +371,26 @@ def test_ctrl_c_says_so(group, rng, monkeypatch):
 
     monkeypatch.setattr("flatmtl.grouping.select_groups", stop)
     assert "group: stopped" in group(a_record(rng), "--max-groups", "2", status=130)
+
+
+def test_draws(group, rng):
+    record = a_record(rng, noise=1.0)
+    out = group(record, "--max-groups", "2", "--draws", "20", "--must-not", "ss,depth")
+    drawn = out.split("selections in 20 draws")[1]
+    shares = [float(share) for share in re.findall(r"([\d.]+) %", drawn.split("caveat")[0])]
+    assert shares and abs(sum(shares) - 100) < 0.5
+    assert not re.search(r"{[^}]*ss, depth[^}]*}", drawn)
+    err = group(record, "--max-groups", "2", "--draws", "20", "--normalise", status=2)
+    assert "--draws goes with" in err
+
+
+def test_the_picture_is_of_what_was_chosen(group, rng, tmp_path, monkeypatch):
+    plots = pytest.importorskip("flatmtl.plots")
+    pytest.importorskip("matplotlib")
+    seen = {}
+    monkeypatch.setattr(plots, "grouping_report", lambda *args, **options: seen.update(options))
+    group(
+        a_record(rng), "--max-groups", "2", "--epochs", "1:3", "--normalise",
+        "--plot", str(tmp_path / "x.png"),
+    )  # fmt: skip
+    assert seen == {"quantity": "affinity", "epochs": slice(1, 3), "normalise": True}

@@ -82,8 +82,8 @@ py::tuple select_exact(int tasks, std::optional<Array<double>> matrix,
   sel::Solution solution;
   {
     py::gil_scoped_release free;
-    solution = sel::solve(*source, {max_groups, std::move(units), budget, disjoint, near_ties, tolerance},
-                          watch);
+    solution = sel::solve(
+        *source, {max_groups, std::move(units), budget, disjoint, near_ties, tolerance}, watch);
   }
   py::list ties;
   for (const sel::NearTie& tie : solution.near_ties) ties.append(groups_of(tie.groups));
@@ -104,8 +104,9 @@ py::tuple select_by_search(Array<double> matrix, std::vector<std::vector<int>> u
     const double* a = matrix.data();
     const bool* apart = conflicts.data();
     py::gil_scoped_release free;
-    found = sel::search_locally({tasks, a, std::move(units), apart, max_groups, disjoint, allow_single},
-                                seed, starts, watch);
+    found =
+        sel::search_locally({tasks, a, std::move(units), apart, max_groups, disjoint, allow_single},
+                            seed, starts, watch);
   }
   return py::make_tuple(found.by_count, found.groups);
 }
@@ -113,16 +114,18 @@ py::tuple select_by_search(Array<double> matrix, std::vector<std::vector<int>> u
 }  // namespace
 
 void bind_selection(py::module_& m) {
-  m.def("select_exact", &select_exact, py::arg("tasks"), py::kw_only(),
-        py::arg("matrix") = py::none(), py::arg("tier_of_size") = py::none(),
-        py::arg("tier_of_group") = py::none(), py::arg("groups") = py::none(),
-        py::arg("tiers") = py::none(), py::arg("scores") = py::none(), py::arg("units"),
-        py::arg("budget"), py::arg("max_groups"), py::arg("disjoint"), py::arg("near_ties"),
-        py::arg("tolerance"), py::arg("progress") = py::none(),
-        "The selection of groups with the largest sum of scores: sums by number of groups, groups as "
-        "(mask, id), near-ties as lists of such groups.");
-  m.def("select_by_search", &select_by_search, py::arg("matrix"), py::kw_only(), py::arg("units"),
-        py::arg("conflicts"), py::arg("max_groups"), py::arg("disjoint"), py::arg("allow_single"),
-        py::arg("seed"), py::arg("starts"), py::arg("progress") = py::none(),
-        "The same by multi-start local search: sums by number of groups, groups as lists of tasks.");
+  m.def(
+      "select_exact", &select_exact, py::arg("tasks"), py::kw_only(),
+      py::arg("matrix") = py::none(), py::arg("tier_of_size") = py::none(),
+      py::arg("tier_of_group") = py::none(), py::arg("groups") = py::none(),
+      py::arg("tiers") = py::none(), py::arg("scores") = py::none(), py::arg("units"),
+      py::arg("budget"), py::arg("max_groups"), py::arg("disjoint"), py::arg("near_ties"),
+      py::arg("tolerance"), py::arg("progress") = py::none(),
+      "The selection of groups with the largest sum of scores: sums by number of groups, groups as "
+      "(mask, id), near-ties as lists of such groups.");
+  m.def(
+      "select_by_search", &select_by_search, py::arg("matrix"), py::kw_only(), py::arg("units"),
+      py::arg("conflicts"), py::arg("max_groups"), py::arg("disjoint"), py::arg("allow_single"),
+      py::arg("seed"), py::arg("starts"), py::arg("progress") = py::none(),
+      "The same by multi-start local search: sums by number of groups, groups as lists of tasks.");
 }

@@ -1,6 +1,8 @@
 // The best selection of at most k groups, for every k up to a largest one.
 #pragma once
 
+#include <stdexcept>
+
 #include "layers.h"
 #include "near_ties.h"
 
@@ -27,10 +29,9 @@ namespace detail {
 inline Candidate smallest(const Scores& scores, const Layers& layers, int tier, Mask served,
                           double tolerance) {
   Candidate found{-1, 0, tier};
-  scores.over(served, tier, layers.best(tier)[served] - tolerance,
-              [&](const Candidate& c, double) {
-                if (found.id < 0 || count(c.group) < count(found.group)) found = c;
-              });
+  scores.over(served, tier, layers.best(tier)[served] - tolerance, [&](const Candidate& c, double) {
+    if (found.id < 0 || count(c.group) < count(found.group)) found = c;
+  });
   return found;
 }
 
@@ -51,6 +52,7 @@ inline void trace(const Scores& scores, Layers& layers, int k, int b, Mask set, 
         if (part == 0) break;
       }
     }
+    if (!served) throw std::logic_error("a split behind the table of sums is missing");
     groups.push_back(smallest(scores, layers, tier, served, tolerance));
     set ^= served;
     b -= layers.units(tier);
@@ -72,7 +74,8 @@ inline Solution solve(const Scores& scores, const Problem& p, Watch& watch) {
   for (int k = 1; k <= p.max_groups; ++k) {
     const bool at_ceiling = k > 1 && !p.disjoint && splits.back().value >= ceiling - p.tolerance;
     splits.push_back(at_ceiling ? splits.back() : layers.best_split(k));
-    if (k > 1 && splits[k - 1].value < splits[k - 2].value) splits[k - 1].value = splits[k - 2].value;
+    if (k > 1 && splits[k - 1].value < splits[k - 2].value)
+      splits[k - 1].value = splits[k - 2].value;
     solution.by_count.push_back(splits.back().value);
   }
   const double optimum = splits.back().value;

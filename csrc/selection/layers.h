@@ -1,5 +1,5 @@
-// The subset dynamic programme. layer(k, b)[S] is the largest sum of scores over the tasks of S that
-// at most k groups of a total cost of at most b units can serve:
+// The subset dynamic programme. layer(k, b)[S] is the largest sum of scores over the tasks of S
+// that at most k groups of a total cost of at most b units can serve:
 //   layer(k, b)[S] = max over tiers c, U in S of best[c][U] + layer(k - 1, b - cost(c))[S \ U].
 // Memory: 8 bytes * 2^n * (tiers + layers * (budget + 1)). Choices are not stored.
 #pragma once
@@ -82,7 +82,7 @@ class Layers {
   void grow() {
     const std::vector<Table>& last = layers_.back();
     std::vector<Table> next(budget_ + 1, Table(size_t{1} << n_, kNone));
-    const double share = 1.0 / planned_;
+    const double share = 0.9 / planned_;  // the rest is for near-ties
     double steps = 0;
     for (int b = 0; b <= budget_; ++b)
       for (int c = 0; c < tiers(); ++c) steps += units_[c] <= b;
@@ -104,7 +104,7 @@ class Layers {
   int budget_;
   int planned_;
   Watch& watch_;
-  std::vector<Table> best_;                // [tiers]
+  std::vector<Table> best_;                 // [tiers]
   std::vector<std::vector<Table>> layers_;  // [k - 1][b]
   bool settled_ = false;
 };

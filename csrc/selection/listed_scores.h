@@ -8,11 +8,12 @@ namespace flatmtl::selection {
 
 class ListedScores : public Scores {
  public:
-  // groups, tiers: [C]; scores: [C, n], read for members only
+  // groups, tiers: [C], tier -1: no candidate; scores: [C, n], read for members only
   ListedScores(int n, int64_t candidates, const Mask* groups, const int32_t* tiers,
                const double* scores, bool disjoint)
       : n_(n), scores_(scores), disjoint_(disjoint) {
-    for (int64_t c = 0; c < candidates; ++c) listed_.push_back({c, groups[c], tiers[c]});
+    for (int64_t c = 0; c < candidates; ++c)
+      if (tiers[c] >= 0) listed_.push_back({c, groups[c], tiers[c]});
   }
 
   int tasks() const override { return n_; }

@@ -1,6 +1,6 @@
-// Groups by multi-start local search, for more tasks than the exact search can take. Blocks of tasks
-// that must stay together join and leave groups; a change of one group costs O(n). No promise but
-// that the constraints hold. Memory: 8 bytes * n * (n + blocks + 3 * groups).
+// Groups by multi-start local search, for more tasks than the exact search can take. Blocks of
+// tasks that must stay together join and leave groups; a change of one group costs O(n). No promise
+// but that the constraints hold. Memory: 8 bytes * n * (n + blocks + 2 * groups).
 #pragma once
 
 #include <algorithm>
@@ -37,16 +37,30 @@ class LocalSearch {
         blocks_(static_cast<int>(terms.blocks.size())),
         random_(seed),
         watch_(watch),
-        gain_(size_t(blocks_) * n_, 0) {
+        block_of_(n_),
+        inner_(blocks_, 0),
+        apart_from_(blocks_),
+        gain_(size_t(blocks_) * n_, 0),
+        best_(n_),
+        second_(n_),
+        owner_(n_) {
     double largest = 0;
     for (int t = 0; t < n_; ++t)
       for (int j = 0; j < n_; ++j)
-        if (j != t || p_.allow_single) largest = std::max(largest, std::fabs(p_.matrix[t * n_ + j]));
+        if (j != t || p_.allow_single)
+          largest = std::max(largest, std::fabs(p_.matrix[size_t(t) * n_ + j]));
     penalty_ = -4.0 * n_ * std::max(largest, 1e-300);  // below all that scores can make good
-    for (int u = 0; u < blocks_; ++u)
+    for (int u = 0; u < blocks_; ++u) {
+      for (int v = 0; v < blocks_; ++v)
+        if (p_.apart[size_t(u) * blocks_ + v]) apart_from_[u].push_back(v);
       for (int t = 0; t < n_; ++t)
-        for (int j : p_.blocks[u])
-          if (j != t) gain_[size_t(u) * n_ + t] += p_.matrix[t * n_ + j];
+        for (const int j : p_.blocks[u])
+          if (j != t) gain_[size_t(u) * n_ + t] += p_.matrix[size_t(t) * n_ + j];
+      for (const int t : p_.blocks[u]) {
+        block_of_[t] = u;
+        inner_[u] += gain_[size_t(u) * n_ + t];
+      }
+    }
   }
 
   // Sum of scores with unserved tasks at the penalty; feasible() tells.
@@ -78,52 +92,42 @@ class LocalSearch {
     rebuild();
   }
 
-  // Fills an empty group with the two blocks that gain most by it.
+  // Fills an empty group with the two blocks that gain most by it, not counting what they leave.
   void open() {
     const auto empty = std::find(size_.begin(), size_.end(), 0);
     if (empty == size_.end() || blocks_ < 2) return;
-    const int g = static_cast<int>(empty - size_.begin());
-    const Members before = in_;
-    double best = value_;
-    Members found = before;
+    const auto g = static_cast<size_t>(empty - size_.begin());
+    double most = kNone;
+    int first = -1, second = -1;
     for (int u = 0; u < blocks_; ++u) {
-      int partner = -1;
-      for (int v = 0; v < blocks_; ++v)
-        if (v != u && !p_.apart[u * blocks_ + v] &&
-            (partner < 0 || affection(v, u) > affection(partner, u)))
-          partner = v;
-      if (partner < 0) continue;
-      double change = 0;  // of these two alone; what they leave behind is seen in the rebuilding
-      for (const int t : p_.blocks[u]) change += std::max(0.0, pair_score(t, u, partner) - best_[t]);
-      for (const int t : p_.blocks[partner])
-        change += std::max(0.0, pair_score(t, u, partner) - best_[t]);
-      if (!p_.disjoint && value_ + change <= best) continue;
-      Members tried = before;
-      if (p_.disjoint)
-        for (auto& group : tried) group[u] = group[partner] = 0;
-      tried[g][u] = tried[g][partner] = 1;
-      if (p_.disjoint) {
-        in_ = tried;
-        rebuild();
-        if (value_ <= best) continue;
-        best = value_;
-      } else {
-        best = value_ + change;
-      }
-      found = std::move(tried);
+      int v = -1;
+      for (int w = 0; w < blocks_; ++w)
+        if (w != u && !p_.apart[size_t(u) * blocks_ + w] &&
+            (v < 0 || affection(w, u) > affection(v, u)))
+          v = w;
+      if (v < 0) continue;
+      double change = 0;
+      for (const int block : {u, v})
+        for (const int t : p_.blocks[block]) {
+          const double gain = pair_score(t, u, v) - best_[t];
+          change += p_.disjoint ? gain : std::max(0.0, gain);
+        }
+      if (change > most) most = change, first = u, second = v;
     }
-    in_ = found;
+    if (first < 0) return;
+    for (auto& group : in_)
+      if (p_.disjoint) group[first] = group[second] = 0;
+    in_[g][first] = in_[g][second] = 1;
     rebuild();
   }
 
-  // Until no single change helps.
-  void climb(double fraction) {
-    bool better = true;
-    while (better) {
+  // Until no single change helps: moves from group to group, or joining and leaving.
+  void climb(double fraction, bool moves) {
+    for (bool better = true; better;) {
       better = false;
       for (const int u : shuffled(blocks_)) {
         watch_.look(fraction);
-        for (int g = 0; g < groups(); ++g) better |= p_.disjoint ? try_move(u, g) : try_toggle(u, g);
+        for (int g = 0; g < groups(); ++g) better |= moves ? try_move(u, g) : try_toggle(u, g);
       }
     }
     rebuild();  // sums without the rounding of many changes
@@ -167,43 +171,56 @@ class LocalSearch {
            static_cast<double>(size - 1);
   }
 
-  bool clashes(int g, int u) const {
-    for (int v = 0; v < blocks_; ++v)
-      if (in_[g][v] && p_.apart[u * blocks_ + v]) return true;
-    return false;
-  }
+  bool clashes(int g, int u) const { return !fits(u, g, -1); }
 
   double score(int task, double row_sum, int size) const {
     if (size > 1) return row_sum / (size - 1);
-    return p_.allow_single ? p_.matrix[task * n_ + task] : penalty_;
+    return p_.allow_single ? diagonal(task) : penalty_;
   }
 
   void rebuild() {
     rows_.assign(groups(), Table(n_, 0));
-    tasks_.assign(groups(), std::vector<char>(n_, 0));
+    columns_.assign(groups(), Table(n_, 0));
+    tasks_.assign(groups(), {});
     size_.assign(groups(), 0);
     for (int g = 0; g < groups(); ++g)
       for (int u = 0; u < blocks_; ++u)
-        if (in_[g][u]) add(g, u, 1);
-    best_.assign(n_, penalty_);
-    second_.assign(n_, penalty_);
-    owner_.assign(n_, -1);
+        if (in_[g][u]) {
+          in_[g][u] = 0;
+          change(g, u);
+        }
     for (int t = 0; t < n_; ++t) rank(t);
     sum_up();
+    sums_.resize(groups());
+    for (int g = 0; g < groups(); ++g) sums_[g] = sum_inside(g);
   }
 
-  void add(int g, int u, int sign) {
+  // Block u joins group g, or leaves it.
+  void change(int g, int u) {
+    const double sign = in_[g][u] ? -1 : 1;
+    in_[g][u] ^= 1;
     const double* gain = &gain_[size_t(u) * n_];
     for (int t = 0; t < n_; ++t) rows_[g][t] += sign * gain[t];
-    for (int t : p_.blocks[u]) tasks_[g][t] = sign > 0;
-    size_[g] += sign * static_cast<int>(p_.blocks[u].size());
+    for (const int j : p_.blocks[u]) {
+      const double* row = p_.matrix + size_t(j) * n_;
+      for (int t = 0; t < n_; ++t) columns_[g][t] += t == j ? 0 : sign * row[t];
+    }
+    std::vector<int>& tasks = tasks_[g];
+    const std::vector<int>& block = p_.blocks[u];
+    if (sign > 0)
+      tasks.insert(tasks.end(), block.begin(), block.end());
+    else
+      tasks.erase(
+          std::remove_if(tasks.begin(), tasks.end(), [&](int t) { return block_of_[t] == u; }),
+          tasks.end());
+    size_[g] = static_cast<int>(tasks.size());
   }
 
   void rank(int t) {
     best_[t] = second_[t] = penalty_;
     owner_[t] = -1;
     for (int g = 0; g < groups(); ++g) {
-      if (!tasks_[g][t]) continue;
+      if (!in_[g][block_of_[t]]) continue;
       const double s = score(t, rows_[g][t], size_[g]);
       if (s > best_[t]) {
         second_[t] = best_[t], best_[t] = s, owner_[t] = g;
@@ -220,57 +237,51 @@ class LocalSearch {
   bool try_toggle(int u, int g) {
     const bool joins = !in_[g][u];
     if (joins && clashes(g, u)) return false;
+    const std::vector<int>& block = p_.blocks[u];
     const double sign = joins ? 1 : -1;
-    const int size = size_[g] + static_cast<int>(sign) * static_cast<int>(p_.blocks[u].size());
+    const int size = size_[g] + (joins ? 1 : -1) * static_cast<int>(block.size());
     const double* gain = &gain_[size_t(u) * n_];
-    const Table& rows = rows_[g];
-    double change = 0;
-    for (int t = 0; t < n_; ++t) {
-      if (!tasks_[g][t]) continue;
+    const double* rows = rows_[g].data();
+    double total = 0;
+    for (const int t : tasks_[g]) {
       const double other = owner_[t] == g ? second_[t] : best_[t];
-      change += std::max(other, score(t, rows[t] + sign * gain[t], size)) - best_[t];
+      const bool leaves = block_of_[t] == u;
+      const double mine = leaves ? penalty_ : score(t, rows[t] + sign * gain[t], size);
+      total += std::max(other, mine) - best_[t];
     }
-    for (const int t : p_.blocks[u]) {
-      const double mine = score(t, rows[t] + sign * gain[t], size);
-      const double other = owner_[t] == g ? second_[t] : best_[t];
-      if (joins) {
-        change += std::max(best_[t], mine) - best_[t];
-      } else {
-        change += other - std::max(other, mine);  // in the loop above it had stayed
-      }
-    }
-    if (!worth(change)) return false;
-    in_[g][u] ^= 1;
-    add(g, u, joins ? 1 : -1);
-    for (int t = 0; t < n_; ++t) rank(t);
+    if (joins)
+      for (const int t : block)
+        total += std::max(0.0, score(t, rows[t] + gain[t], size) - best_[t]);
+    if (!worth(total)) return false;
+    change(g, u);
+    for (const int t : tasks_[g]) rank(t);
+    for (const int t : block) rank(t);
     sum_up();
     return true;
   }
 
-  // Sum of scores of group g after `out` left and `in` joined (-1: none).
+  // Sum of scores of group g after block `out` left and `in` joined (-1: none).
   double group_value(int g, int out, int in) const {
+    double sum = sums_[g];
     int size = size_[g];
-    if (out >= 0) size -= static_cast<int>(p_.blocks[out].size());
-    if (in >= 0) size += static_cast<int>(p_.blocks[in].size());
-    double sum = 0;
-    const auto take = [&](int t) {
-      double row = rows_[g][t];
-      if (out >= 0) row -= gain_[size_t(out) * n_ + t];
-      if (in >= 0) row += gain_[size_t(in) * n_ + t];
-      sum += score(t, row, size);
+    const auto join = [&](int u, int sign) {
+      for (const int t : p_.blocks[u]) sum += sign * (rows_[g][t] + columns_[g][t]);
+      sum += inner_[u];
+      size += sign * static_cast<int>(p_.blocks[u].size());
     };
-    for (int t = 0; t < n_; ++t)
-      if (tasks_[g][t]) take(t);
-    if (out >= 0)
-      for (int t : p_.blocks[out]) {
-        double row = rows_[g][t] - gain_[size_t(out) * n_ + t];
-        if (in >= 0) row += gain_[size_t(in) * n_ + t];
-        sum -= score(t, row, size);
-      }
-    if (in >= 0)
-      for (int t : p_.blocks[in]) take(t);
-    return sum;
+    if (out >= 0) join(out, -1);
+    if (in >= 0) join(in, 1);
+    if (in >= 0 && out >= 0) sum -= affection(out, in);
+    if (size > 1) return sum / (size - 1);
+    if (size == 0) return 0;
+    if (!p_.allow_single) return penalty_;
+    if (in >= 0) return diagonal(p_.blocks[in][0]);
+    for (const int t : tasks_[g])
+      if (out < 0 || block_of_[t] != out) return diagonal(t);
+    return 0;
   }
+
+  double diagonal(int t) const { return p_.matrix[size_t(t) * n_ + t]; }
 
   int home(int u) const {
     for (int g = 0; g < groups(); ++g)
@@ -298,44 +309,57 @@ class LocalSearch {
     return true;
   }
 
+  // Whether block u may join group g once block `leaving` is gone (-1: none).
   bool fits(int u, int g, int leaving) const {
-    for (int v = 0; v < blocks_; ++v)
-      if (in_[g][v] && v != leaving && p_.apart[u * blocks_ + v]) return false;
+    for (const int v : apart_from_[u])
+      if (in_[g][v] && v != leaving) return false;
     return true;
   }
 
   void move(int u, int from, int to) {
-    if (from >= 0) in_[from][u] = 0, add(from, u, -1);
-    in_[to][u] = 1;
-    add(to, u, 1);
-    for (int t = 0; t < n_; ++t) rank(t);
-    sum_up();
+    if (from >= 0) change(from, u);
+    change(to, u);
+    for (const int g : {from, to})
+      if (g >= 0) sums_[g] = sum_inside(g);
+  }
+
+  // Sum of a[t][j] over t != j in group g.
+  double sum_inside(int g) const {
+    double sum = 0;
+    for (const int t : tasks_[g]) sum += rows_[g][t];
+    return sum;
   }
 
   const Terms& p_;
   int n_, blocks_;
   std::mt19937_64 random_;
   Watch& watch_;
+  std::vector<int> block_of_;                 // [n]
+  Table inner_;                               // [blocks] sum of the matrix inside a block
+  std::vector<std::vector<int>> apart_from_;  // [blocks] those that may not share its group
   Table gain_;  // [blocks, n]: what a block adds to the row sum of a task; not the task's own entry
   double penalty_ = 0;
   Members in_;
-  std::vector<Table> rows_;               // [groups][n]
-  std::vector<std::vector<char>> tasks_;  // [groups][n]
-  std::vector<int> size_;                 // [groups]
-  Table best_, second_;                   // [n] scores
-  std::vector<int> owner_;                // [n]
+  std::vector<Table> rows_;              // [groups][n] sum of a task's row over the other members
+  std::vector<Table> columns_;           // [groups][n] the same of its column
+  Table sums_;                           // [groups] of the matrix inside a group; of moves only
+  std::vector<std::vector<int>> tasks_;  // [groups] members
+  std::vector<int> size_;                // [groups]
+  Table best_, second_;                  // [n] scores
+  std::vector<int> owner_;               // [n]
   double value_ = 0;
 };
 
-// For every number of groups: the best of one less with a group opened, and `starts` fresh ones, each
-// climbed and shaken.
+// For every number of groups: the best of one less with a group opened, and `starts` fresh ones,
+// each climbed and shaken.
 inline Found search_locally(const Terms& terms, uint64_t seed, int starts, Watch& watch) {
   LocalSearch search(terms, seed, watch);
   Found found;
   Members best;
   double value = kNone;
   const auto keep = [&] {
-    if (search.feasible() && search.value() > value) value = search.value(), best = search.members();
+    if (search.feasible() && search.value() > value)
+      value = search.value(), best = search.members();
   };
   for (int groups = 1; groups <= terms.max_groups; ++groups) {
     for (int start = 0; start <= starts; ++start) {
@@ -343,18 +367,19 @@ inline Found search_locally(const Terms& terms, uint64_t seed, int starts, Watch
           (groups - 1 + start / (starts + 1.0)) / static_cast<double>(terms.max_groups);
       if (start > 0) {
         search.start_anywhere(groups);
+        search.climb(fraction, true);
       } else {
         if (best.empty()) continue;
         search.start_at(best, groups);
         search.open();
       }
-      search.climb(fraction);
+      search.climb(fraction, terms.disjoint);
       keep();
       double here = search.value();
       Members last = search.members();
       for (int shake = 0; shake < 4; ++shake) {
         search.shake();
-        search.climb(fraction);
+        search.climb(fraction, terms.disjoint);
         keep();
         if (search.value() > here) {
           here = search.value();

@@ -1,5 +1,5 @@
-// Scores from a matrix: the score of task t in group G is the mean of a[t][j] over the other members
-// j, and a[t][t] if t is alone.
+// Scores from a matrix: the score of task t in group G is the mean of a[t][j] over the other
+// members j, and a[t][t] if t is alone.
 #pragma once
 
 #include <algorithm>
@@ -86,8 +86,7 @@ class MatrixScores : public Scores {
   double inside_of(Mask set) const {
     double sum = 0;
     for (Mask rows = set; rows; rows &= rows - 1)
-      for (Mask m = set & ~(rows & -rows); m; m &= m - 1)
-        sum += a_[lowest(rows) * n_ + lowest(m)];
+      for (Mask m = set & ~(rows & -rows); m; m &= m - 1) sum += a_[lowest(rows) * n_ + lowest(m)];
     return sum;
   }
 
@@ -195,7 +194,8 @@ class MatrixScores : public Scores {
   }
 
  public:
-  // best[U] = max(best[U], sum of score(t) over t in U) for all U in the group. sums: scratch, [2^n].
+  // best[U] = max(best[U], sum of score(t) over t in U) for all U in the group. sums: scratch,
+  // [2^n].
   template <class Score>
   static void fill_subsets(Mask group, Table& best, Table& sums, const Score& score) {
     size_t filled = 1;

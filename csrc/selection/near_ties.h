@@ -1,7 +1,7 @@
-// The best selections beside the optimum. A selection is a set of candidates that covers all tasks in
-// which each is strictly the best one for some task; its value is the sum over tasks of their best
-// score. Depth-first search over "this group serves exactly these tasks", with the dynamic programme
-// as the bound of what is left; exact.
+// The best selections beside the optimum. A selection is a set of candidates that covers all tasks
+// in which each is strictly the best one for some task; its value is the sum over tasks of their
+// best score. Depth-first search over "this group serves exactly these tasks", with the dynamic
+// programme as the bound of what is left; exact.
 #pragma once
 
 #include <algorithm>
@@ -92,8 +92,8 @@ class NearTies {
     if (value <= threshold()) return;
     for (const NearTie& tie : found_)
       if (same(tie.groups, groups)) return;
-    const auto at =
-        std::find_if(found_.begin(), found_.end(), [&](const NearTie& t) { return t.value < value; });
+    const auto at = std::find_if(found_.begin(), found_.end(),
+                                 [&](const NearTie& t) { return t.value < value; });
     found_.insert(at, {value, std::move(groups)});
     if (found_.size() > wanted_ + 1) found_.pop_back();
   }
@@ -198,7 +198,8 @@ inline std::vector<NearTie> find_near_ties(const Scores& scores, Layers& layers,
                                            const std::vector<Candidate>& optimum, int max_groups,
                                            int wanted, double tolerance, bool disjoint,
                                            Watch& watch) {
-  return NearTies(scores, layers, max_groups, static_cast<size_t>(wanted), tolerance, disjoint, watch)
+  return NearTies(scores, layers, max_groups, static_cast<size_t>(wanted), tolerance, disjoint,
+                  watch)
       .find(optimum);
 }
 

@@ -1,5 +1,5 @@
-// What may be chosen and what it scores. A candidate is a group of tasks that one network trains; it
-// scores every member. Scores are to be maximised. Candidates of one tier cost the same.
+// What may be chosen and what it scores. A candidate is a group of tasks that one network trains;
+// it scores every member. Scores are to be maximised. Candidates of one tier cost the same.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +37,8 @@ class Scores {
   virtual double score(const Candidate& candidate, int task) const = 0;
 
   // best[tier][served] = the largest sum of scores over `served` of a candidate that holds it, or
-  // that equals it where groups are disjoint; kNone where there is none. The tables come filled with
-  // kNone.
+  // that equals it where groups are disjoint; kNone where there is none. The tables come filled
+  // with kNone.
   virtual void fill(std::vector<Table>& best, Watch& watch) const = 0;
 
   // Every candidate of `tier` behind best[tier][served] whose sum over `served` is above `least`.

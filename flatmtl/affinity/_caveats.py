@@ -28,13 +28,12 @@ def of(record: AffinityRecord) -> list[str]:
 
 
 def _sign(record: AffinityRecord) -> list[str]:
-    look_ahead, momentum = record.metadata.get("look_ahead"), record.metadata.get("momentum")
-    if look_ahead != "optimizer" and not momentum:
+    own = record.metadata.get("look_ahead") == "optimizer"
+    if not record.metadata.get("momentum", own):
         return []
-    step = "has the optimizer's momentum" if momentum else "is the optimizer's own"
     return [
-        f"the look-ahead step {step}: what all sources have in common may decide the sign of every "
-        "entry; compare the entries of a row, and do not read a negative one as harm"
+        "the look-ahead step has the optimizer's momentum: what all sources have in common may decide "
+        "the sign of every entry; compare the entries of a row, and do not read a negative one as harm"
     ]
 
 

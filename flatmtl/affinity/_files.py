@@ -42,7 +42,7 @@ def save(record: AffinityRecord, path: str | PathLike[str]) -> None:
     if record.overlap is not None:
         arrays["overlap"] = record.overlap
     with Path(path).open("wb") as file:  # a path would get ".npz" added
-        np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
 def load(path: str | PathLike[str]) -> dict[str, Any]:

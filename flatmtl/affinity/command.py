@@ -77,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heuristic", action="store_true",
         help="for more tasks than an exact search can take: a local search, with a bound",
     )  # fmt: skip
+    add(
+        "--draws", type=int, default=0, metavar="N",
+        help="select N times more, from affinities redrawn within their standard errors, and show how "
+        "often which groups come out",
+    )  # fmt: skip
     add("--plot", type=Path, metavar="PNG", help="draw all of it (needs matplotlib)")
     add(
         "--csv", type=Path, metavar="CSV", help="write the groups: group, task, served there, score"
@@ -98,11 +103,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from flatmtl.grouping import select_groups
+    from flatmtl.grouping import select_groups, stability
 
     for path in (args.plot, args.csv):  # before the search, which may be long
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path.parent}: no such folder")
+    if args.draws and (args.normalise or args.heuristic):
+        raise ValueError("--draws goes with the exact search and without --normalise")
     if args.plot is not None:
         from flatmtl.plots import _draw
 
@@ -115,6 +122,11 @@ def _run(args: argparse.Namespace) -> int:
         "minimise": args.minimise,
         "allow_single": args.allow_single,
     }
+    limits = {
+        "must": [_known(record, names) for names in args.must],
+        "must_not": [_known(record, names) for names in args.must_not],
+        "partition": args.partition,
+    }
     near_ties = args.near_ties
     if near_ties is None:
         near_ties = 0 if args.heuristic else 3
@@ -123,9 +135,7 @@ def _run(args: argparse.Namespace) -> int:
             matrix,
             args.max_groups,
             **rules,
-            must=[_known(record, names) for names in args.must],
-            must_not=[_known(record, names) for names in args.must_not],
-            partition=args.partition,
+            **limits,
             near_ties=near_ties,
             heuristic=args.heuristic,
             tasks=record.tasks,
@@ -135,6 +145,19 @@ def _run(args: argparse.Namespace) -> int:
     error = None if args.normalise else record.standard_error(args.quantity, args.epochs)
     print(_about(args, record))
     print(_choice.text(grouping, matrix, error, rules))
+    if args.draws:
+        with Bar("redrawing") as bar:
+            found = stability(
+                record,
+                args.max_groups,
+                quantity=args.quantity,
+                epochs=args.epochs,
+                draws=args.draws,
+                progress=bar,
+                **rules,
+                **limits,
+            )
+        print(f"{found}\n")
     for caveat in [*record.caveats(), *_alone(args, record)]:
         print(f"caveat: {caveat}")
     if args.csv is not None:
@@ -142,7 +165,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         from flatmtl import plots
 
-        plots.grouping_report(record, grouping, args.plot)
+        chosen = {"quantity": args.quantity, "epochs": args.epochs, "normalise": args.normalise}
+        plots.grouping_report(record, grouping, args.plot, **chosen)
     written = [str(path) for path in (args.csv, args.plot) if path is not None]
     if written:
         print(f"written: {', '.join(written)}")

@@ -103,8 +103,13 @@ class OptimizerStep:
             self._params, self._block.views(self._grad), reached, strict=True
         ):
             param.grad = view if hit else None
-        shadow(self._optimizer, dict(zip(self._block.params, self._params, strict=True))).step()
-        self._block.put_back(self._at)
+        other = shadow(self._optimizer, dict(zip(self._block.params, self._params, strict=True)))
+        step = type(other).step
+        # torch wraps it to call hooks, those registered for all optimizers among them
+        step = step.__wrapped__ if hasattr(step, "hooked") else step  # type: ignore[attr-defined]
+        step(other)
+        # a closure may not bear parameters of NaN
+        self._block.put_back(torch.where(inverse.isfinite(), self._at, self._saved))
 
     def restore(self) -> None:
         """As in ``LookAhead``."""

@@ -80,6 +80,7 @@ class Meter:
         self._watched = False
         self._way: tuple[Block, LookAhead] | None = None
         self._members: list[tuple[list[int], Tensor]] = []  # positions; ones and zeros, [T]
+        self._met: set[TaskName] = set()  # tasks, as long as nothing is known to be shared
         self._masks: dict[frozenset[int], Tensor] = {}
         self._last = -options.every  # the step measured last
         self._pending: measure.Sample | None = None
@@ -114,13 +115,11 @@ class Meter:
         Raises:
             ValueError: nothing is shared, or the learning rate is not one number.
         """
+        tasks = self.settle_tasks(roles.tasks)
         block = roles.shared
         if block is None:
-            raise ValueError(
-                "shared must hold a parameter that at least two tasks reach, got none: no task's step can "
-                "touch another"
-            )
-        tasks = self.settle_tasks(roles.tasks)
+            self.check_all_seen({tasks[k] for k in captured.present})
+            return
         device = block.device
         before = loss_vector(losses, device)
         inverse = torch.ones((), dtype=torch.float64, device=device)
@@ -252,6 +251,20 @@ class Meter:
             )
         return self.tasks
 
+    def check_all_seen(self, present: set[TaskName]) -> None:
+        """What to make of a batch at which no parameter is known to be shared: it is not measured.
+
+        Raises:
+            ValueError: there is no hope, as every task has been seen by now.
+        """
+        assert self.tasks is not None
+        self._met |= present
+        if len(self._met) == len(self.tasks):
+            raise ValueError(
+                "shared must hold a trainable parameter that at least two tasks reach, got none: no task's "
+                "step can touch another"
+            )
+
     def _there(self, present: set[int], tasks: int, device: torch.device) -> Tensor:
         """bool [T]: the tasks that have a loss. Made once for each set of them: a copy waits for a device."""
         key = frozenset(present)
@@ -313,9 +326,21 @@ class Meter:
             return list(self._epochs)
         return [*self._epochs, (self._steps, [tally.read() for tally in self._tallies])]
 
+    @property
+    def _kind(self) -> dict[str, Any]:
+        """What must be the same for measurements to go on."""
+        options = self.options
+        return {
+            "mode": options.mode,
+            "look_ahead": options.look_ahead,
+            "quantities": options.quantities,
+            "groups": [list(group) for group in options.groups],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on measuring: tensors and plain values."""
         return {
+            "kind": self._kind,
             "steps": self.steps,
             "measured": self.measured,
             "last": self._last,
@@ -331,21 +356,12 @@ class Meter:
         Raises:
             ValueError: the probe that it is from measured other things.
         """
+        if state["kind"] != self._kind:
+            raise ValueError(
+                f"state must be of a probe of the same kind, {self._kind}, got {state['kind']}"
+            )
         steps, parts = state["epoch"]
         names = state["tasks"]
-        if names is not None:
-            tasks = len(names)
-            shapes = [
-                (3, len(self.options.quantities), tasks, tasks),
-                (3, tasks, len(self.options.groups)),
-            ]
-            for _, kept in [*state["epochs"], state["epoch"]]:
-                given = [tuple(part.shape) for part in kept]
-                if given and given != shapes[: 1 + bool(self.options.groups)]:
-                    raise ValueError(
-                        f"state must be of a probe with the same mode, momentum and groups, got {given} "
-                        f"where {shapes[: 1 + bool(self.options.groups)]} are kept"
-                    )
         old, self.tasks = self.tasks, None
         if names is not None:
             try:

@@ -32,8 +32,9 @@ class AffinityProbe:
 
     Z[j, i] = 1 - L_j(after a step on task i) / L_j(before): row = recipient, column = source. Above zero,
     a step on task i alone lowers task j's loss. The step is one on the shared parameters, on the batch at
-    hand, whose losses are then taken again; parameters, gradients, module buffers, torch's random
-    numbers and the optimizer are left bit for bit as they would be without the probe.
+    hand, whose losses are then taken again, with the random numbers of the first time; parameters,
+    gradients, module buffers, torch's global random numbers and the optimizer are left bit for bit as
+    they would be without the probe.
 
     With a ``MultiTaskOptimizer`` the probe attaches itself and uses the gradients that the step has::
 
@@ -216,6 +217,8 @@ class AffinityProbe:
         tasks = self._meter.settle_tasks(losses.names)
         losses = losses.in_order(tasks)
         roles = self._roles_for(losses)
+        if roles is None:
+            return
         scale = amp.scale_of(scaler, roles.params)
         capture = Capture(roles, partial=True)
         capture.add(losses, None, scale, retain_graph=True)
@@ -235,8 +238,8 @@ class AffinityProbe:
             gram = ops.gram(roles.shared.jac)
             self._meter.at_gram(gram if scale is None else gram / scale.double().square())
 
-    def _roles_for(self, losses: TaskLosses) -> Roles:
-        """The shared parameters, with rows for their gradients."""
+    def _roles_for(self, losses: TaskLosses) -> Roles | None:
+        """The shared parameters, with rows for their gradients; None while none is known to be shared."""
         params = [p for p in self._named or self._params() if p.requires_grad]
         if self._named is None:
             if losses.together and not self._reach:
@@ -255,9 +258,8 @@ class AffinityProbe:
             least = min(2, len(losses.names))
             params = [p for p in params if len(self._reach.get(id(p), ())) >= least]
         if not params:
-            raise ValueError(
-                "shared must hold a trainable parameter that at least two tasks reach, got none"
-            )
+            self._meter.check_all_seen({losses.names[task] for task in losses.present})
+            return None
         roles = self._roles
         if (
             roles is None

@@ -75,7 +75,8 @@ def exact(
     tiers = _tiers(source, most, cost, rules, partition)
     _check_size(n, most, tiers, near_ties)
     values = source.matrix if isinstance(source, MatrixScores) else source.values
-    tolerance = TOLERANCE * n * float(np.nanmax(np.abs(values), initial=0.0))
+    largest = float(np.nanmax(np.abs(values), initial=1e-280))  # above 0 where all entries are 0
+    tolerance = TOLERANCE * n * largest
     sums, chosen, ties = core.select_exact(
         n,
         **tiers.arguments,
@@ -127,11 +128,10 @@ def _tiers(source: Scores, most: int, cost: Cost, rules: Rules, partition: bool)
         sizes = np.array([len(group) for group in source.groups])
         allowed = rules.allow(masks)
         tier, units, budget = _sort(np.array(prices), allowed, most, cost.budget)
-        kept = tier >= 0
         arguments = {
-            "groups": masks[kept].astype(np.uint32),
-            "tiers": tier[kept].astype(np.int32),
-            "scores": source.sign * source.values[kept],
+            "groups": masks.astype(np.uint32),
+            "tiers": tier.astype(np.int32),
+            "scores": source.sign * source.values,
         }
         return Tiers(arguments, units, budget, 0 if partition else float((2.0**sizes).sum()))
     arguments = {"matrix": source.sign * source.matrix}
@@ -208,7 +208,8 @@ def _why_infeasible(source: Scores, max_groups: int | None, cost: Cost, tiers: T
                     f"{text}: no group that may hold {names[alone[0]]!r} is left; relax the rules"
                 )
     else:
-        covered = np.bitwise_or.reduce(tiers.arguments["groups"], initial=0)
+        kept = tiers.arguments["groups"][tiers.arguments["tiers"] >= 0]
+        covered = np.bitwise_or.reduce(kept, initial=0)
         alone = [t for t in range(len(names)) if not int(covered) >> t & 1]
         if alone:
             return f"{text}: the table has no group left that holds {names[alone[0]]!r}"

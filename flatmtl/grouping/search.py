@@ -64,5 +64,31 @@ def search(
         by_count=by_count,
         near_ties=[],
         exact=False,
-        bound=float(source.ceiling().mean()),
+        bound=source.sign * _ceiling(source, most) / n,
     )
+
+
+def _ceiling(source: MatrixScores, max_groups: int) -> float:
+    """No selection has a larger sum of scores, in the sign in which larger is better.
+
+    A group that serves s tasks has at least s - 1 others for each, so a task's score is at most the mean
+    of its s - 1 largest entries. The sum for a group is at most that of the s tasks with the largest
+    means; the sizes s of at most ``max_groups`` groups add up to T, which a dynamic programme settles.
+    """
+    n = len(source.tasks)
+    values = source.sign * source.matrix
+    others = np.sort(np.where(np.eye(n, dtype=bool), -np.inf, values), axis=1)[:, ::-1][:, :-1]
+    means = np.cumsum(others, axis=1) / np.arange(1, n)  # [T, T - 1], of the 1, 2, ... largest
+    alone = means[:, :1] if n > 1 else np.full((1, 1), -np.inf)  # serves one task, with a helper
+    if source.single:
+        alone = np.maximum(alone, np.diagonal(values)[:, None])
+    by_size = np.concatenate([alone, means], axis=1)  # [T, T], a group that serves 1, 2, ... tasks
+    best = np.sort(by_size, axis=0)[::-1]
+    gain = [best[:size, size - 1].sum() for size in range(1, n + 1)]
+    reach = np.concatenate([[0.0], gain])  # [T + 1], by the number of tasks served
+    for _ in range(1, max_groups):
+        more = reach.copy()
+        for size in range(1, n + 1):
+            more[size:] = np.maximum(more[size:], gain[size - 1] + reach[: n + 1 - size])
+        reach = more
+    return float(reach[n])

@@ -69,8 +69,8 @@ def select_groups(
         tasks: names of the tasks, 0 to T-1 by default; a record names its own. Groups in all arguments
             use names, or indices where the names are strings.
         heuristic: a multi-start local search in place of the exact one, for any number of tasks
-            (617 tasks, 20 groups: seconds); the result says exact=False and has a bound, each task's best
-            partner. Not with a table, costs, a budget or near-ties.
+            (617 tasks, 20 groups: 4 s); the result says exact=False and has a bound. Not with a table,
+            costs, a budget or near-ties.
         progress: called with a fraction up to 1 about every 100 ms.
 
     Returns:

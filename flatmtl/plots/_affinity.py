@@ -28,7 +28,14 @@ _FEW_PAIRS = 6
 _MANY_CELLS = 400  # from here on a few outliers may leave the scale
 
 
-def heatmap(ax: Axes, tasks: Sequence[int | str], matrix: np.ndarray, quantity: str) -> None:
+def heatmap(
+    ax: Axes,
+    tasks: Sequence[int | str],
+    matrix: np.ndarray,
+    quantity: str,
+    *,
+    normalised: bool = False,
+) -> None:
     names, count = _names.shown(tasks), len(tasks)
     others = np.where(np.isfinite(matrix), matrix, np.nan)
     np.fill_diagonal(others, np.nan)  # never used by the selection, and the eye would go there
@@ -57,14 +64,15 @@ def heatmap(ax: Axes, tasks: Sequence[int | str], matrix: np.ndarray, quantity: 
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="source (its gradient)", ylabel="recipient (its loss)")
-    ax.set_title(TITLES.get(quantity, quantity))
+    title = TITLES.get(quantity, quantity)
+    ax.set_title(f"{title}, rows normalised" if normalised else title)
     size = min(11.0, 0.31 * cell)  # points; five characters must fit in a cell
     if size < 3.5:
         return  # nobody could read them
     for (i, j), value in np.ndenumerate(matrix / factor):
         dark = i != j and abs(value) > 0.6 * end
         ax.text(
-            j, i, _digits(value), ha="center", va="center",
+            j, i, digits(value), ha="center", va="center",
             color="white" if dark else "#555555" if i == j else "black",
             fontsize=size if abs(value) < 99.995 else 0.8 * size,
         )  # fmt: skip
@@ -83,7 +91,7 @@ def unit(end: float) -> tuple[float, str]:
     return (1.0, "") if -1 <= power <= 1 else (10.0**power, f"in $10^{{{power}}}$")
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     if np.isnan(value):
         return "–"
     if abs(value) >= 999.5:

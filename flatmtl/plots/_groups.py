@@ -42,7 +42,7 @@ def diagram(ax: Axes, grouping: Grouping, matrix: np.ndarray | None) -> None:
         room = 0.4
         _scores_in_groups(ax, grouping, matrix / factor, at, min(8.0, 0.3 * cell), dot)
     right = ax.secondary_yaxis("right")
-    values = [f"{grouping.scores[rows[i]] / factor:.2f}" for i in labelled]
+    values = [_affinity.digits(grouping.scores[rows[i]] / factor) for i in labelled]
     right.set_yticks(labelled, values, fontsize=font)
     right.tick_params(length=0)
     right.spines[:].set_visible(False)
@@ -73,7 +73,7 @@ def _scores_in_groups(
             if others:
                 value = matrix[places[task], others].mean()
                 ax.annotate(
-                    f"{value:.2f}", (g, at[task]), xytext=(0.5 * dot + 2.0, 0.0),
+                    _affinity.digits(value), (g, at[task]), xytext=(0.5 * dot + 2.0, 0.0),
                     textcoords="offset points", va="center", fontsize=font, color="#444444",
                 )  # fmt: skip
 

@@ -25,6 +25,8 @@ def affinity(
     ax: Axes | None = None,
     *,
     quantity: str = "affinity",
+    epochs: int | slice | None = None,
+    normalise: bool = False,
     tasks: Sequence[TaskName] | None = None,
 ) -> Axes:
     """The affinities as a map: row = recipient (its loss), column = source (its gradient).
@@ -36,6 +38,8 @@ def affinity(
         record: a record, or a matrix [T, T] with NaN where nothing is known.
         ax: where to draw; None: a new figure, large enough for the values to be read.
         quantity: one of the record's; of a matrix: what to call it.
+        epochs: of a record, as in ``AffinityRecord.matrix``.
+        normalise: of a record, as in ``AffinityRecord.matrix``.
         tasks: of a record: which to draw, in this order; of a matrix: the names.
 
     Raises:
@@ -44,20 +48,21 @@ def affinity(
     """
     _draw.matplotlib()
     if isinstance(record, AffinityRecord):
-        names, matrix = list(record.tasks), record.matrix(quantity)
+        names = list(record.tasks)
+        matrix = record.matrix(quantity, epochs=epochs, normalise=normalise)
         if tasks is not None:
             at = [_affinity.position(names, task) for task in tasks]
             names, matrix = [names[i] for i in at], matrix[np.ix_(at, at)]
     else:
         given = AffinityRecord.from_matrix(record, tasks)
-        names, matrix = given.tasks, given.matrix()
+        names, matrix = given.tasks, given.matrix(epochs=epochs, normalise=normalise)
     if not _has_pairs(matrix):
         raise ValueError("record must hold a measured pair of two tasks, got none")
     if ax is None:
         side = min(18.0, max(3.4, 0.5 * len(names)))
         label = _label(names)
         ax = _draw.figure((side + 1.6 + label, side + 0.9 + label), on_screen=True).add_subplot()
-    _affinity.heatmap(ax, names, matrix, quantity)
+    _affinity.heatmap(ax, names, matrix, quantity, normalised=normalise)
     return ax
 
 
@@ -148,7 +153,13 @@ def groups(
 
 
 def grouping_report(
-    record: AffinityRecord, grouping: Grouping, path: str | PathLike[str] | None = None
+    record: AffinityRecord,
+    grouping: Grouping,
+    path: str | PathLike[str] | None = None,
+    *,
+    quantity: str = "affinity",
+    epochs: int | slice | None = None,
+    normalise: bool = False,
 ) -> Figure:
     """The matrix, the groups, what more groups bring and the largest pairs by epoch, with the caveats.
 
@@ -156,6 +167,9 @@ def grouping_report(
         record: what the groups were selected from.
         grouping: what ``flatmtl.select_groups`` returned.
         path: where to save it, without pyplot; None: a pyplot figure, not saved.
+        quantity: of the matrix that they were selected from; curves are of it too, over all epochs.
+        epochs: of that matrix, as in ``AffinityRecord.matrix``.
+        normalise: of that matrix, as in ``AffinityRecord.matrix``.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -163,9 +177,10 @@ def grouping_report(
         ValueError: the record has no measured pair, or other tasks.
     """
     _draw.matplotlib()
-    pairs = _affinity.choose_pairs(_checked(record), "affinity", None)
+    pairs = _affinity.choose_pairs(_checked(record), quantity, None)
     _check_grouping(grouping)
-    matrix = _matrix_of(grouping, record)
+    drawn = record.matrix(quantity, epochs=epochs, normalise=normalise)
+    matrix = _matrix_of(grouping, AffinityRecord.from_matrix(drawn, record.tasks))
     explained = matrix if _explains(grouping, matrix) else None
     tasks, count = len(record.tasks), len(grouping.groups)
     tall = min(12.0, max(5.6, 0.42 * tasks + 1.8))
@@ -183,7 +198,8 @@ def grouping_report(
     halves = figure.subfigures(2, 1, squeeze=False, height_ratios=[tall + 0.5, foot])
     above, below = halves[:, 0]
     parts = above.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    _affinity.heatmap(parts[0].subplots(), record.tasks, record.matrix(), "affinity")
+    panel = parts[0].subplots()
+    _affinity.heatmap(panel, record.tasks, drawn, quantity, normalised=normalise)
     _groups.diagram(parts[1].subplots(), grouping, explained)
     if curves or timed:
         rows = max(curves + timed, round(tall / 4.0))  # curves that are not drawn out in height
@@ -191,7 +207,7 @@ def grouping_report(
         if curves:
             _groups.value_by_count(axes[0], grouping.by_count, grouping.fewest)
         if timed:
-            _affinity.over_time(axes[curves], record, "affinity", pairs, legend=False)
+            _affinity.over_time(axes[curves], record, quantity, pairs, legend=False)
             handles, labels = axes[curves].get_legend_handles_labels()
             columns = 2 if max(map(len, labels)) <= 24 else 1
             parts[2].legend(
@@ -235,7 +251,7 @@ def _headline(grouping: Grouping) -> str:
     number = len(grouping.groups)
     line = f"{number} {'group' if number == 1 else 'groups'} for {len(grouping.tasks)} tasks"
     line += f", mean score {grouping.objective:.4g}"
-    return line if grouping.exact else f"{line} (heuristic; at best {grouping.bound:.4g})"
+    return line if grouping.exact else f"{line} (not proven best: bound {grouping.bound:.4g})"
 
 
 def _checked(record: AffinityRecord) -> AffinityRecord:
