@@ -172,6 +172,9 @@ def run(data, folder, settings):
         "clustering of the affinity": lambda: cluster_groups(
             affinity, settings.groups, tasks=names
         ),
+        "clustering, rows normalised": lambda: cluster_groups(
+            np.nan_to_num(record.matrix(normalise=True)), settings.groups, tasks=names
+        ),
         "clustering of the cosine": lambda: cluster_groups(
             np.nan_to_num(record.matrix("cosine")), settings.groups, tasks=names
         ),
