@@ -97,11 +97,11 @@ def _table(errors, networks):
         f"Mean over the tasks of the mean squared error, targets standardised; mean ± deviation over "
         f"{len(together)} seeds. To all together: its change with the same seed, negative is better; by "
         "task: mean over the tasks of the change of each (every task counts the same, as in affinity). "
-        "To random: its change to the mean of the random groupings of as many networks.",
+        "To random: the same two against the mean of the random groupings of as many networks.",
         "",
         "| method | networks allowed | trained | test error | to all together, % | by task, % | "
-        "to random, % | draws |",
-        "|:---|---:|---:|---:|---:|---:|---:|---:|",
+        "to random, % | by task, % | draws |",
+        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (method, count), found in errors.items():
         by_draw = found.mean(2)  # [S, D]
@@ -112,11 +112,13 @@ def _table(errors, networks):
             _spread(100 * (by_seed / together.mean(1) - 1), 2, "+"),
             _spread(100 * (found / together[:, None] - 1).mean((1, 2)), 2, "+"),
             "",
+            "",
             "" if by_draw.shape[1] == 1 else f"{by_draw.min():.4f} to {by_draw.max():.4f}",
         ]
         if ("random", count) in errors and method != "random":
-            chance = errors["random", count].mean((1, 2))
-            cells[4] = _spread(100 * (by_seed / chance - 1), 2, "+")
+            chance = errors["random", count].mean(1)  # [S, T]
+            cells[4] = _spread(100 * (by_seed / chance.mean(1) - 1), 2, "+")
+            cells[5] = _spread(100 * (found / chance[:, None] - 1).mean((1, 2)), 2, "+")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
