@@ -195,7 +195,7 @@ class Engine:
                 "changed in place (zero_grad of another object, clipping); optimizer.zero_grad() starts anew"
             )
         radii = None if sharpness is None else Radii(sharpness, groups, self.steps)
-        exact = bool(self._due("exact"))
+        exact = any(meter.options.mode == "exact" for meter in self._due())
         replaying = self.options.replay_rng and bool(radii)
         replay = Replay(self._generators()) if replaying or exact else None
         passes = Passes(given, replay, replaying)
@@ -366,17 +366,16 @@ class Engine:
             self.roles = roles  # only once its roles held
         assert isinstance(self.capture, Capture)
         roles, found = self.capture.roles, self.capture.finish()
-        for meter in self.meters:
-            if meter.due:
-                try:
-                    meter.at_rows(roles, found, self._losses, scale, lambda: self._ahead(passes))
-                finally:
-                    passes.end()
+        for meter in self._due():
+            try:
+                meter.at_rows(roles, found, self._losses, scale, lambda: self._ahead(passes))
+            finally:
+                passes.end()
         return roles, found
 
-    def _due(self, mode: str) -> list[Meter]:
-        """The meters of a mode that measure at this step."""
-        return [meter for meter in self.meters if meter.options.mode == mode and meter.due]
+    def _due(self) -> list[Meter]:
+        """The meters that measure at this step, if it has task gradients."""
+        return [meter for meter in self.meters if meter.due]
 
     def _ahead(self, passes: Passes) -> list[Tensor | None]:
         """The losses of the step's micro-batches, added up, at the parameters as they are now."""
@@ -405,7 +404,7 @@ class Engine:
     def families(self, scale: Tensor | None) -> Families:
         """What aggregates rows of gradients that are ``scale`` times too large."""
         inverse = None if scale is None else scale.double().square().reciprocal()
-        full = self.options.history > 0 or bool(self._due("first_order"))
+        full = self.options.history > 0 or bool(self._due())
         return Families(self.solves, inverse, full=full)
 
     # ------------------------------------------------------------ what becomes of it
@@ -527,7 +526,7 @@ class Engine:
 
     def _measure_gram(self, roles: Roles, found: Found | None, scale: Tensor | None) -> None:
         """Hands the Gram matrix of the task gradients, where the step has them, to the meters."""
-        meters = self._due("first_order")
+        meters = self._due()
         if not meters or roles.shared is None or found is None or found.gram is None:
             return
         gram = found.gram

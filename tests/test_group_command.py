@@ -394,3 +394,19 @@ def test_the_picture_is_of_what_was_chosen(group, rng, tmp_path, monkeypatch):
         "--plot", str(tmp_path / "x.png"),
     )  # fmt: skip
     assert seen == {"quantity": "affinity", "epochs": slice(1, 3), "normalise": True}
+
+
+def test_long_groups_are_wrapped(group, rng):
+    tasks = [f"task number {n:03d}" for n in range(40)]
+    out = group(a_record(rng, tasks), "--max-groups", "1", "--heuristic")
+    assert max(map(len, out.splitlines()[1:])) <= 110  # the first has the path
+    assert out.split("task  ")[0].count("task number") == 40
+
+
+def test_a_reader_that_has_enough(rng, tmp_path):
+    a_record(rng, [f"t{n}" for n in range(9)]).save(tmp_path / "r.npz")
+    line = f"{sys.executable} -m flatmtl group {tmp_path / 'r.npz'} --max-groups 3 | head -c 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "" and len(done.stdout) <= 1

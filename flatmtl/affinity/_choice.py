@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from flatmtl.grouping import Grouping
 
 THIN = 0.01  # a margin that may be called a tie
+_WIDE = 110  # characters of a line
 
 
 def text(
@@ -52,7 +54,10 @@ def _groups(grouping: Grouping) -> list[str]:
     lines = []
     for number, group in enumerate(grouping.groups):
         names = [printable(t) + ("" if grouping.served_by[t] == number else "*") for t in group]
-        lines.append(f"{number + 1:>3}  {', '.join(names)}")
+        lines += textwrap.wrap(
+            f"{number + 1:>3}  {', '.join(names)}", _WIDE, subsequent_indent="     ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
     if sum(map(len, grouping.groups)) > len(grouping.tasks):
         lines.append("     * helps there, and is served by another group")
     return lines

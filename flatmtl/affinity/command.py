@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from flatmtl.grouping import Grouping
 
 _INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+_CUT_SHORT = 141  # and for one whose output is not read to the end
 
 DESCRIPTION = """\
 Chooses which tasks to train together: at most N groups so that the mean score of the tasks is best, where
@@ -91,10 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     try:
-        return _run(args)
+        status = _run(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("group: stopped", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:  # whoever read has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the exit complain
+        return _CUT_SHORT
     except OSError as error:
         about = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _fail(about)

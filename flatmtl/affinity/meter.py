@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmtl import ops
 from flatmtl.affinity import measure
 from flatmtl.affinity.look_ahead import LookAhead, OptimizerStep, PlainStep
 from flatmtl.affinity.tally import Tally
@@ -51,6 +50,17 @@ class MeterOptions:
         return names + (["beyond_momentum"] if self.momentum else [])
 
 
+@dataclass
+class _Seen:
+    """What ``at_rows`` leaves for ``at_gram``."""
+
+    losses: Tensor  # [T], before the step
+    finite: Tensor  # bool [T]
+    lr: float | Tensor
+    push: Tensor | None  # [T], <g_j, the momentum's part of a step>
+    ahead: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # of exact mode
+
+
 class Meter:
     """Measures at steps, and keeps what it found.
 
@@ -84,8 +94,7 @@ class Meter:
         self._masks: dict[frozenset[int], Tensor] = {}
         self._last = -options.every  # the step measured last
         self._pending: measure.Sample | None = None
-        # of the step under way: losses, who is finite, learning rate, momentum's products with the gradients
-        self._seen: tuple[Tensor, Tensor, float | Tensor, Tensor | None] | None = None
+        self._seen: _Seen | None = None  # of the step under way
         self._tallies: list[Tally] = []
         self._steps = 0  # measured in this epoch
         self._epochs: list[tuple[int, list[Tensor]]] = []
@@ -131,7 +140,7 @@ class Meter:
         finite = captured.shared_sq.to(device).isfinite()
         if len(captured.present) < len(tasks):
             finite = finite & self._there(captured.present, len(tasks), device)
-        self._seen = (before, finite, lr, push)
+        self._seen = _Seen(before, finite, lr, push)
         if self.options.mode == "first_order":
             return
         reach = roles.reach()
@@ -162,11 +171,9 @@ class Meter:
             # on the device from the first measured step on
             self._members = [(group, ones.to(device)) for group, ones in self._members]
             way, momentum = self._step_of(block), self.options.momentum
-            z, joint, alone = measure.exact(rows, once, way, lr, self._members, momentum=momentum)
+            ahead = measure.exact(rows, once, way, lr, self._members, momentum=momentum)
         self._watched = True
-        gram = ops.gram(block.jac) * inverse.square()
-        first, _ = measure.first_order(gram, before, finite, lr)
-        self._take(z, lr, gram, first, alone, joint)
+        self._seen.ahead = ahead
 
     def at_gram(self, gram: Tensor) -> None:
         """Measures what the Gram matrix tells, after ``at_rows``.
@@ -174,28 +181,19 @@ class Meter:
         Args:
             gram: float64 [T, T], of the unscaled task gradients.
         """
-        assert self._seen is not None
-        before, finite, lr, push = self._seen
-        z, alone = measure.first_order(gram, before, finite, lr, push)
-        self._take(z, lr, gram, None, alone, None)
-
-    def _take(
-        self,
-        z: Tensor,
-        lr: float | Tensor,
-        gram: Tensor,
-        first: Tensor | None,
-        alone: Tensor | None,
-        joint: Tensor | None,
-    ) -> None:
-        found = {"affinity": z, "affinity_per_lr": z / lr, "cosine": measure.cosines(gram)}
-        if first is not None:
-            found["first_order"] = first
+        seen = self._seen
+        assert seen is not None
+        z, alone = measure.first_order(gram, seen.losses, seen.finite, seen.lr, seen.push)
+        found, joint = {"cosine": measure.cosines(gram)}, None
+        if seen.ahead is not None:
+            found["first_order"] = z
+            z, joint, alone = seen.ahead
+        found["affinity"], found["affinity_per_lr"] = z, z / seen.lr
         if alone is not None:
             found["beyond_momentum"] = z - alone.unsqueeze(1)
         self._pending = measure.Sample(found, joint)
-        if not isinstance(lr, Tensor):
-            self.rates = [self.rates[0] if self.rates else lr, lr]
+        if not isinstance(seen.lr, Tensor):
+            self.rates = [self.rates[0] if self.rates else seen.lr, seen.lr]
 
     def made(self, ok: Tensor | None) -> None:
         """The step was made.

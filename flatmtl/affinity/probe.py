@@ -233,10 +233,9 @@ class AffinityProbe:
             return other.in_order(tasks).detached
 
         self._meter.at_rows(roles, capture.finish(), losses.detached, scale, again)
-        if self._meter.options.mode == "first_order":
-            assert roles.shared is not None
-            gram = ops.gram(roles.shared.jac)
-            self._meter.at_gram(gram if scale is None else gram / scale.double().square())
+        assert roles.shared is not None
+        gram = ops.gram(roles.shared.jac)
+        self._meter.at_gram(gram if scale is None else gram / scale.double().square())
 
     def _roles_for(self, losses: TaskLosses) -> Roles | None:
         """The shared parameters, with rows for their gradients; None while none is known to be shared."""
