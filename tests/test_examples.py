@@ -9,6 +9,9 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate"}
+# the affinity examples and their helpers: test_example_affinity.py
+AFFINITY = {"affinity_qm8", "affinity_toxcast", "affinity_report"}
+AFFINITY |= {"many_networks", "molecules", "progress"}
 
 
 def load(name: str):
@@ -24,7 +27,8 @@ def load(name: str):
 
 
 def test_every_example_is_tested():
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == {"two_tasks", "plain_loop", *NEEDS}
+    examples = {p.stem for p in EXAMPLES.glob("*.py")}
+    assert examples == {"two_tasks", "plain_loop", *NEEDS} | AFFINITY
 
 
 def test_two_tasks(capsys):
