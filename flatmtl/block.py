@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Block:
     def __init__(
         self,
         params: Sequence[Tensor],
-        labels: Sequence[str],
+        label: Callable[[int], str],
         rows: int,
         *,
         row_dtype: torch.dtype | None = None,
@@ -63,7 +63,7 @@ class Block:
 
         Args:
             params: at least one.
-            labels: their names, for errors.
+            label: the name of the k-th, for errors: finding it may take long.
             rows: of ``jac`` and ``sam``.
             row_dtype: of ``jac`` and ``sam``; None: the parameters'.
             exempt: how many of the last parameters the adaptive scaling leaves out.
@@ -73,21 +73,21 @@ class Block:
         first = params[0]
         if first.dtype not in ROW_TYPES:
             raise TypeError(
-                f"params must be float32, float64, bfloat16 or float16, got {first.dtype}: {labels[0]}"
+                f"params must be float32, float64, bfloat16 or float16, got {first.dtype}: {label(0)}"
             )
-        for param, label in zip(params, labels, strict=True):
+        for k, param in enumerate(params):
             if param.dtype != first.dtype or param.device != first.device:
                 raise ValueError(
-                    f"params must be of one dtype and device within a role: {labels[0]} is "
-                    f"{first.dtype} on {first.device}, {label} is {param.dtype} on {param.device}"
+                    f"params must be of one dtype and device within a role: {label(0)} is "
+                    f"{first.dtype} on {first.device}, {label(k)} is {param.dtype} on {param.device}"
                 )
         self.params = list(params)
         self._dims = [_flat_dims(p) for p in params]
         self._strides = [p.stride() for p in params]
-        for dims, label in zip(self._dims, labels, strict=True):
+        for k, dims in enumerate(self._dims):
             if dims == []:
                 raise ValueError(
-                    f"params must be dense in memory, got {label} with gaps or overlaps"
+                    f"params must be dense in memory, got {label(k)} with gaps or overlaps"
                 )
         self.row_dtype = first.dtype if row_dtype is None else row_dtype
         step = ALIGNMENT // min(first.element_size(), self.row_dtype.itemsize)

@@ -99,7 +99,7 @@ class Features:
         plain = [t.detach() for t in tensors]
         self.block = Block(
             [t if t.is_contiguous() else t.contiguous() for t in plain],
-            [f"output {k} of jacobian's module" for k in range(len(plain))],
+            lambda k: f"output {k} of jacobian's module",
             tasks,
         )
 

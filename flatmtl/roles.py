@@ -233,7 +233,7 @@ class Roles:
         chosen = [self.params[k] for k in index]
         return Block(
             chosen,
-            [self._label(p) for p in chosen],
+            lambda k: self._label(chosen[k]),
             rows,
             row_dtype=self._row_dtype(chosen[0]),
             exempt=sum(map(self._is_exempt, index)),
