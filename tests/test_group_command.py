@@ -411,3 +411,19 @@ def test_a_reader_that_has_enough(rng, tmp_path):
         ["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False
     )
     assert done.stderr == "" and len(done.stdout) <= 1
+
+
+def test_groups_that_hang_on_a_rows_scale(group):
+    """One row is a hundred times as wide as the others, and wants another partner than they do."""
+    matrix = np.array([[0, 0.0, 9.0, 9.0], [1, 0, 0, 0], [0, 0, 0, 1.0], [0, 0, 1.0, 0]])
+    wide = AffinityRecord.from_matrix(matrix, list("abcd"))
+    raw = group(wide, "--max-groups", "2", "--partition")
+    even = group(wide, "--max-groups", "2", "--partition", "--normalise")
+    chosen = [set(select_groups(m, 2, tasks=list("abcd"), partition=True).groups)
+              for m in (wide.matrix(), wide.matrix(normalise=True))]  # fmt: skip
+    assert chosen[0] != chosen[1], "or the example shows nothing"
+    assert "hang on the rows' scales" in raw and "hang on" not in even
+    for names in chosen[1]:
+        assert "{" + ", ".join(names) + "}" in raw
+    same = AffinityRecord.from_matrix(np.array([[0, 1.0], [2.0, 0]]))
+    assert "hang on" not in group(same, "--max-groups", "1")

@@ -7,9 +7,10 @@ import csv
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flatmtl.affinity import _choice
+from flatmtl.affinity._names import printable
 from flatmtl.affinity._progress import Bar
 from flatmtl.affinity.record import QUANTITIES, AffinityRecord
 from flatmtl.losses import TaskName
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 _CUT_SHORT = 141  # and for one whose output is not read to the end
+_QUICK = 18  # tasks for which a second search takes no time worth a word
 
 DESCRIPTION = """\
 Chooses which tasks to train together: at most N groups so that the mean score of the tasks is best, where
@@ -165,7 +167,8 @@ def _run(args: argparse.Namespace) -> int:
                 **limits,
             )
         print(f"{found}\n")
-    for caveat in [*record.caveats(), *_alone(args, record)]:
+    caveats = [*record.caveats(), *_alone(args, record), *_scaled(args, record, grouping, limits)]
+    for caveat in caveats:
         print(f"caveat: {caveat}")
     if args.csv is not None:
         _write_csv(args.csv, grouping)
@@ -197,6 +200,28 @@ def _alone(args: argparse.Namespace, record: AffinityRecord) -> list[str]:
     return [
         "a task alone is scored by its diagonal entry: its own step on the very batch that is "
         "measured, which makes training alone look better than it is"
+    ]
+
+
+def _scaled(
+    args: argparse.Namespace, record: AffinityRecord, grouping: Grouping, limits: dict[str, Any]
+) -> list[str]:
+    """Whether the groups hang on some rows being spread more widely than others."""
+    from flatmtl.grouping import select_groups
+
+    known = args.objective == "tag" and not args.minimise and grouping.exact
+    if args.normalise or not known or len(record.tasks) > _QUICK:
+        return []
+    matrix = record.matrix(args.quantity, epochs=args.epochs, normalise=True)
+    other = select_groups(
+        matrix, args.max_groups, allow_single=args.allow_single, tasks=record.tasks, **limits
+    )
+    if set(map(frozenset, other.groups)) == set(map(frozenset, grouping.groups)):
+        return []
+    sets = " ".join("{" + ", ".join(map(printable, group)) + "}" for group in other.groups)
+    return [
+        "the groups hang on the rows' scales: recipients whose entries differ most decide; with every row "
+        f"normalised (--normalise) they are {sets}"
     ]
 
 
