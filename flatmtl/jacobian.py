@@ -61,6 +61,11 @@ def read_jacobian(jacobian: object) -> Jacobian:
     raise (ValueError if isinstance(jacobian, str) else TypeError)(message)
 
 
+# So many pairs of a task and a parameter, and walking the graph once takes less time than asking autograd
+# for every pair.
+_MANY = 10_000
+
+
 @dataclass
 class Captured:
     """What the clean passes of a step left in the blocks' buffers.
@@ -197,12 +202,9 @@ def _gradients(
     """Task after task, its gradient for every parameter of ``roles`` (None: not reached)."""
     tasks = losses.present
     if batched is None:
-        for task in tasks:
-            keep = retain_graph or task != tasks[-1]
-            yield task, losses.gradients(task, roles.params, retain_graph=keep, scale=scale)
+        yield from _one_by_one(losses, roles.params, scale, retain_graph)
         return
-    outputs = [losses.output(task) for task in tasks]
-    reach = graph.reached(outputs, roles.params)
+    reach = graph.reached([losses.output(task) for task in tasks], roles.params)
     size = batched.chunk or len(tasks)
     for start in range(0, len(tasks), size):
         stop = min(start + size, len(tasks))
@@ -214,6 +216,29 @@ def _gradients(
                 task,
                 [None if g is None or k not in hit else g[lane] for k, g in enumerate(grads)],
             )
+
+
+def _one_by_one(
+    losses: TaskLosses, params: Sequence[Tensor], scale: Tensor | None, retain_graph: bool
+) -> Iterator[tuple[int, Gradients]]:
+    """A backward pass a task."""
+    tasks = losses.present
+    if len(tasks) * len(params) <= _MANY:
+        for task in tasks:
+            keep = retain_graph or task != tasks[-1]
+            yield task, losses.gradients(task, params, retain_graph=keep, scale=scale)
+        return
+    reach = graph.reached([losses.output(task) for task in tasks], params)
+    for task, hits in zip(tasks, reach, strict=True):
+        keep = retain_graph or task != tasks[-1]
+        grads: list[Tensor | None] = [None] * len(params)
+        index = sorted(hits)
+        if index:
+            chosen = [params[k] for k in index]
+            found = losses.gradients(task, chosen, retain_graph=keep, scale=scale)
+            for k, grad in zip(index, found, strict=True):
+                grads[k] = grad
+        yield task, grads
 
 
 def _vectorised(
