@@ -10,15 +10,15 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 
 import flatmtl
 from bench.networks import NETWORKS, Data
+from bench.own_time import marked
 from flatmtl.affinity.meter import Meter
 from flatmtl.block import Block
 
@@ -27,38 +27,27 @@ class Clock:
     """Adds up the seconds of the methods that it wraps, by name."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.calls: dict[str, int] = defaultdict(int)
+        self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def on(self, **methods: tuple[type, str]) -> Iterator[None]:
-        patches = [
-            mock.patch.object(cls, name, self._timed(label, getattr(cls, name)))
-            for label, (cls, name) in methods.items()
-        ]
-        for patch in patches:
-            patch.start()
+        with ExitStack() as patches:
+            for label, (cls, name) in methods.items():
+                timed = marked(getattr(cls, name), label, self._around)
+                patches.enter_context(mock.patch.object(cls, name, timed))
+            yield
+
+    @contextmanager
+    def _around(self, label: str) -> Iterator[None]:
+        begin = time.perf_counter()
         try:
             yield
         finally:
-            for patch in patches:
-                patch.stop()
-
-    def _timed(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[label] += time.perf_counter() - begin
-                self.calls[label] += 1
-
-        return call
+            self._seconds[label] += time.perf_counter() - begin
 
     def take(self) -> dict[str, float]:
-        found = dict(self.seconds)
-        self.seconds.clear()
-        self.calls.clear()
+        found = dict(self._seconds)
+        self._seconds.clear()
         return found
 
 
