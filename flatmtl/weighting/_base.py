@@ -112,6 +112,8 @@ class Weighting:
     needs: str = "gram"
     #: Whether a step is one backward pass of the weighted loss, with no gradient of a task's own.
     one_pass: bool = False
+    #: Whether the losses after the step are wanted too: one more forward pass (``_after_step``).
+    looks_back: bool = False
     #: What it keeps from call to call; "" if nothing.
     state: str = ""
 
@@ -168,6 +170,9 @@ class Weighting:
     def _gradients(self) -> list[Tensor]:
         """The gradients of ``parameters()`` at the last call, in their order."""
         return []
+
+    def _after_step(self, losses: Tensor, there: Tensor | None) -> None:
+        """Takes the losses of the same batch after the step (``looks_back``), as in ``_at_step``."""
 
     def _made(self, ok: Tensor | None) -> None:
         """The optimizer has made the step (``ok``, bool 0-dim: unless that is false on the device)."""
