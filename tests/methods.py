@@ -17,6 +17,7 @@ NO_ACTIVE, SOME_INACTIVE, NOT_CONVERGED, RIDGE_RAISED, FALLBACK, INVALID = 1, 2,
 ALL = ["mean", "sum", "constant", "pcgrad", "gradvac", "mgda", "cagrad", "nash_mtl", "fairgrad",
        "imtl_g", "aligned_mtl", "upgrad", "dualproj", "config", "pivrg", "pcd", "krum", "sdmgrad",
        "modo", "cr_mogm", "rlw"]  # fmt: skip
+BOTH = ["imtl", "gradnorm", "emtl_like"]  # look at the Gram matrix and the losses
 RANDOM = ["pcgrad", "gradvac", "rlw"]  # draws depend on the step and on the place in the batch
 STATEFUL = ["gradvac", "nash_mtl", "pcd", "sdmgrad", "modo", "cr_mogm"]
 CROSS = ["sdmgrad", "modo"]  # take any cross-Gram
@@ -30,6 +31,8 @@ def make(name: str, tasks: int = 4, **options) -> Weighting:
         options.setdefault("weights", torch.arange(1.0, tasks + 1))
     elif name == "krum":
         options.setdefault("byzantine", 0)
+    elif name in ("imtl", "gradnorm"):
+        options.setdefault("tasks", tasks)
     elif name == "cr_mogm":
         options.setdefault("weighting", by_name("mgda"))
     return by_name(name, **options)

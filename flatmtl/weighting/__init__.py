@@ -12,8 +12,11 @@ from flatmtl.weighting.config import ConFIG
 from flatmtl.weighting.constant import Constant
 from flatmtl.weighting.cr_mogm import CRMOGM
 from flatmtl.weighting.dualproj import DualProj
+from flatmtl.weighting.emtl_like import EMTLLike
 from flatmtl.weighting.fairgrad import FairGrad
+from flatmtl.weighting.gradnorm import GradNorm
 from flatmtl.weighting.gradvac import GradVac
+from flatmtl.weighting.imtl import IMTL
 from flatmtl.weighting.imtl_g import IMTLG
 from flatmtl.weighting.krum import Krum
 from flatmtl.weighting.mean import Mean
@@ -30,6 +33,7 @@ from flatmtl.weighting.upgrad import UPGrad
 
 __all__ = [
     "CRMOGM",
+    "IMTL",
     "IMTLG",
     "METHODS",
     "MGDA",
@@ -40,7 +44,9 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "EMTLLike",
     "FairGrad",
+    "GradNorm",
     "GradVac",
     "Krum",
     "Mean",
@@ -81,6 +87,9 @@ METHODS: dict[str, type[Weighting]] = {
     "modo": MoDo,
     "cr_mogm": CRMOGM,
     "rlw": RandomLossWeighting,
+    "imtl": IMTL,
+    "gradnorm": GradNorm,
+    "emtl_like": EMTLLike,
 }
 
 
