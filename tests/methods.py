@@ -19,6 +19,7 @@ ALL = ["mean", "sum", "constant", "pcgrad", "gradvac", "mgda", "cagrad", "nash_m
        "modo", "cr_mogm", "rlw"]  # fmt: skip
 # of losses alone: weighting(losses)
 LOSS = ["slaw", "famo", "uw", "imtl_l", "dwa", "gls", "si", "bmtl", "stch", "go4align"]
+BOTH = ["imtl", "gradnorm", "emtl_like"]  # look at the Gram matrix and the losses
 RANDOM = ["pcgrad", "gradvac", "rlw"]  # draws depend on the step and on the place in the batch
 STATEFUL = ["gradvac", "nash_mtl", "pcd", "sdmgrad", "modo", "cr_mogm"]
 CROSS = ["sdmgrad", "modo"]  # take any cross-Gram
@@ -32,6 +33,8 @@ def make(name: str, tasks: int = 4, **options) -> Weighting:
         options.setdefault("weights", torch.arange(1.0, tasks + 1))
     elif name == "krum":
         options.setdefault("byzantine", 0)
+    elif name in ("imtl", "gradnorm"):
+        options.setdefault("tasks", tasks)
     elif name == "cr_mogm":
         options.setdefault("weighting", by_name("mgda"))
     elif name in ("uw", "imtl_l"):

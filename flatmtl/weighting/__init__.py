@@ -14,11 +14,14 @@ from flatmtl.weighting.constant import Constant
 from flatmtl.weighting.cr_mogm import CRMOGM
 from flatmtl.weighting.dualproj import DualProj
 from flatmtl.weighting.dwa import DWA
+from flatmtl.weighting.emtl_like import EMTLLike
 from flatmtl.weighting.fairgrad import FairGrad
 from flatmtl.weighting.famo import FAMO
 from flatmtl.weighting.gls import GLS
 from flatmtl.weighting.go4align import GO4Align
+from flatmtl.weighting.gradnorm import GradNorm
 from flatmtl.weighting.gradvac import GradVac
+from flatmtl.weighting.imtl import IMTL
 from flatmtl.weighting.imtl_g import IMTLG
 from flatmtl.weighting.imtl_l import IMTLL
 from flatmtl.weighting.krum import Krum
@@ -44,6 +47,7 @@ __all__ = [
     "DWA",
     "FAMO",
     "GLS",
+    "IMTL",
     "IMTLG",
     "IMTLL",
     "METHODS",
@@ -57,8 +61,10 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "EMTLLike",
     "FairGrad",
     "GO4Align",
+    "GradNorm",
     "GradVac",
     "Krum",
     "Mean",
@@ -111,6 +117,9 @@ METHODS: dict[str, type[Weighting]] = {
     "bmtl": BMTL,
     "stch": STCH,
     "go4align": GO4Align,
+    "imtl": IMTL,
+    "gradnorm": GradNorm,
+    "emtl_like": EMTLLike,
 }
 
 
