@@ -705,3 +705,44 @@ def test_losses_must_be_given_to_aggregate(rng):
     close(flatmtl.aggregate(jac, Relative(), losses=losses), want)
     with pytest.raises(TypeError, match="weighting must work on Gram matrices"):
         CRMOGM(Inverse())
+
+
+def test_what_tasks_reach_may_change_between_one_pass_steps(rng):
+    """A layer that joins later, one that becomes shared, and one whose owner is missing."""
+    net, x = Net(), batch(rng)
+    extra = nn.Linear(5, 4).double()
+
+    def closure(late: bool, third: bool):
+        h = net.trunk(x).tanh()
+        z = (extra(x) + h).tanh() if late else h
+        a = net.heads[0](z).square().mean() + 1
+        b = net.heads[1](h).sub(1).square().mean() + 1
+        return [a, b, net.heads[2](z).sub(2).square().mean() + 1 if third else None]
+
+    base = torch.optim.SGD([*extra.parameters(), *net.parameters()], lr=0.0)
+    opt = MultiTaskOptimizer(base, weighting=Inverse())
+    for late, third in ((False, False), (True, False), (True, True), (False, True)):
+        opt.step(lambda late=late, third=third: closure(late, third))
+        total = sum(loss.log() for loss in closure(late, third) if loss is not None)
+        params = [*extra.parameters(), *net.parameters()]
+        for p, g in zip(params, torch.autograd.grad(total, params, allow_unused=True), strict=True):
+            assert (p.grad is None) == (g is None)
+            if g is not None:
+                close(p.grad, g)
+
+
+def test_a_layer_of_a_missing_task_that_another_reaches_is_an_error_not_a_lost_gradient(rng):
+    net, x = Net(), batch(rng)
+    extra = nn.Linear(5, 4).double()
+
+    def closure(step: int):
+        h = net.trunk(x).tanh()
+        z = (extra(x) + h).tanh()
+        a = net.heads[0](z if step == 1 else h).square().mean()
+        return [a, None if step == 1 else net.heads[1](z).square().mean()]
+
+    base = torch.optim.SGD([*extra.parameters(), *net.parameters()], lr=0.0)
+    opt = MultiTaskOptimizer(base, weighting=Count())
+    opt.step(lambda: closure(0))
+    with pytest.raises(ValueError, match="must keep one role"):
+        opt.step(lambda: closure(1))
