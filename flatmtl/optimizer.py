@@ -20,6 +20,7 @@ from flatmtl.representation import Representation
 from flatmtl.roles import named_shared
 from flatmtl.sharpness import SAM, SAMO, Sharpness, check_whole, default_radii
 from flatmtl.solves import Solves
+from flatmtl.strategies import MAML, CoopFlat, Strategy, check_fits
 from flatmtl.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class MultiTaskOptimizer(Optimizer):
         base_optimizer: the optimizer that makes the update.
         weighting: a ``flatmtl.weighting.Weighting``.
         sharpness: ``SAM(...)`` or ``SAMO(...)``, or None for the plain method. The radii live in the
-            parameter groups as ``"rho"`` and ``"rho_task"`` and can be edited there at any time.
+            parameter groups as ``"rho"`` and ``"rho_task"`` and can be edited there at any time. Or a
+            strategy that takes gradients elsewhere for another end: ``MAML(...)``, ``CoopFlat(...)``; what
+            is said of sharpness below holds for them too, unless they say otherwise.
         shared: the shared parameters; by default those that at least two tasks reach (all reached
             ones if there is one task).
         model: the module whose buffers (BatchNorm statistics) the perturbed passes must leave alone,
@@ -91,7 +94,7 @@ class MultiTaskOptimizer(Optimizer):
         base_optimizer: Optimizer,
         *,
         weighting: Weighting,
-        sharpness: Sharpness | None = None,
+        sharpness: Sharpness | Strategy | None = None,
         shared: Iterable[Tensor] | None = None,
         model: nn.Module | None = None,
         nonfinite: Literal["raise", "mask", "skip"] = "raise",
@@ -120,9 +123,11 @@ class MultiTaskOptimizer(Optimizer):
                 "weighting must be a flatmtl Weighting (flatmtl.weighting.by_name makes one from a "
                 f"name), got {weighting!r}"
             )
-        if sharpness is not None and not isinstance(sharpness, (SAM, SAMO)):
+        strategy = sharpness if isinstance(sharpness, (MAML, CoopFlat)) else None
+        if not (strategy or sharpness is None or isinstance(sharpness, (SAM, SAMO))):
             raise TypeError(
-                f"sharpness must be flatmtl.SAM(...), flatmtl.SAMO(...) or None, got {sharpness!r}"
+                "sharpness must be flatmtl.SAM(...), flatmtl.SAMO(...), flatmtl.MAML(...), "
+                f"flatmtl.CoopFlat(...) or None, got {sharpness!r}"
             )
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -159,6 +164,16 @@ class MultiTaskOptimizer(Optimizer):
                 "weights_every must be 1 with SAMO and with aggregate='second' or 'each', got "
                 f"{weights_every}"
             )
+        if strategy is not None:
+            check_fits(
+                strategy,
+                [p for group in base_optimizer.param_groups for p in group["params"]],
+                weighting=weighting,
+                weights_every=weights_every,
+                sequential=how == "sequential",
+                shared=shared,
+                row_dtype=row_dtype,
+            )
         # The hooks' registries only: param_groups, state and defaults are the base optimizer's.
         super().__init__([torch.empty(0)], {})
         self.base_optimizer = base_optimizer
@@ -169,7 +184,7 @@ class MultiTaskOptimizer(Optimizer):
             self.flat_weighting.twin() if second and self.flat_weighting is not None else None
         )
         self._options = Options(
-            sharpness=sharpness,
+            sharpness=sharpness if isinstance(sharpness, (SAM, SAMO)) else None,
             model=model,
             nonfinite=nonfinite,
             jacobian=how,
@@ -177,6 +192,7 @@ class MultiTaskOptimizer(Optimizer):
             weights_every=weights_every,
             replay_rng=replay_rng,
             history=check_whole("history", history, 0),
+            strategy=strategy,
         )
         self._shared = named_shared(shared, self._all_params(), self._label)
         self._start_anew()
@@ -216,9 +232,9 @@ class MultiTaskOptimizer(Optimizer):
     # ------------------------------------------------------------ what it was given
 
     @property
-    def sharpness(self) -> Sharpness | None:
-        """``SAM(...)``, ``SAMO(...)`` or None."""
-        return self._options.sharpness
+    def sharpness(self) -> Sharpness | Strategy | None:
+        """``SAM(...)``, ``SAMO(...)``, ``MAML(...)``, ``CoopFlat(...)`` or None."""
+        return self._options.strategy or self._options.sharpness
 
     @property
     def model(self) -> nn.Module | None:
@@ -246,10 +262,12 @@ class MultiTaskOptimizer(Optimizer):
 
     def _attach(self, meter: Meter) -> None:
         """Has an ``AffinityProbe``'s meter measure at the steps from now on."""
-        if isinstance(self.sharpness, SAMO) or isinstance(self._options.jacobian, Representation):
+        if isinstance(self.sharpness, (SAMO, CoopFlat)) or isinstance(
+            self._options.jacobian, Representation
+        ):
             raise ValueError(
                 "optimizer must take every task's gradient of the shared parameters for an AffinityProbe: "
-                "SAMO and Representation do not"
+                "SAMO, CoopFlat and Representation do not"
             )
         self._engine.meters.append(meter)
 
@@ -304,7 +322,7 @@ class MultiTaskOptimizer(Optimizer):
 
     def _default_radii(self, group: dict[str, Any]) -> None:
         self._check_group(group)
-        default_radii(self.sharpness, group)
+        default_radii(self._options.sharpness, group)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -391,8 +409,9 @@ class MultiTaskOptimizer(Optimizer):
                 runs the forward pass only: no ``backward()``, no ``zero_grad()``. With sharpness it is
                 called once plainly and once for every task; if it takes an argument ``tasks``, those
                 calls pass ``tasks=[i]`` (the task's number, or its name if it returns a mapping) and
-                it may return that task's loss alone. A list of closures is one for each micro-batch:
-                losses and gradients are added up. It may be left out after ``backward``.
+                it may return that task's loss alone. (``MAML`` knows another argument, ``query``; what
+                ``CoopFlat`` calls is said there.) A list of closures is one for each micro-batch: losses
+                and gradients are added up. It may be left out after ``backward``.
 
         Returns:
             The losses of the clean pass, detached, as the closure returned them; None without one.
