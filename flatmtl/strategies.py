@@ -19,8 +19,8 @@ class MAML:
     For task i, over the shared parameters and task i's own ones together: theta_i' = theta - lr grad
     L_i(theta), and s_i = grad L_i(theta_i'), of query data if the closure has an argument ``query``: it is
     then called with ``query=True`` for these passes. One without it uses the same batch for both. The
-    weighting aggregates the s_i of the shared parameters (``Sum()`` is the paper's); a task's own ones get its
-    own s_i. The losses that a step returns are those at theta.
+    weighting aggregates the s_i of the shared parameters (``Sum()`` is the paper's); a task's own ones get
+    its own s_i. The losses that a step returns are those at theta.
 
     A step is 1 forward and T backwards, then T forwards and T backwards. The full form has T more forwards,
     and T backwards that are gone through twice.
