@@ -198,8 +198,8 @@ def check_fits(
     strategy.check_held(params)
     if type(weighting) is not Mean:
         raise ValueError(
-            f"weighting must be Mean() with {name}, got {weighting!r}: a step is one task's, "
-            "there is nothing to weight"
+            f"weighting must be Mean() with {name}, got {type(weighting).__name__}: a step is one "
+            "task's, there is nothing to weight"
         )
     if not sequential:
         raise ValueError(f"jacobian must be 'sequential' with {name}: a step is one task's")
