@@ -22,8 +22,8 @@ class MAML:
     weighting aggregates the s_i of the shared parameters (``Sum()`` is the paper's); a task's own ones get
     its own s_i. The losses that a step returns are those at theta.
 
-    A step is 1 forward and T backwards, then T forwards and T backwards. The full form has T more forwards,
-    and T backwards that are gone through twice.
+    A step is 1 forward and T backwards, then T forwards and T backwards. The full form has T more forwards
+    and 2T more backwards, T of them through the graph of the others.
 
     Args:
         lr: the inner step size (alpha in the paper), the same for all parameters. 0: s_i is the gradient
