@@ -14,15 +14,18 @@ from flatmtl.jacobian import Batched
 from flatmtl.optimizer import MultiTaskOptimizer
 from flatmtl.representation import Representation
 from flatmtl.sharpness import SAM, SAMO
+from flatmtl.strategies import MAML, CoopFlat
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MAML",
     "SAM",
     "SAMO",
     "AffinityProbe",
     "AffinityRecord",
     "Batched",
+    "CoopFlat",
     "History",
     "MultiTaskOptimizer",
     "Representation",

@@ -32,11 +32,15 @@ from flatmtl.sharpness import SAM, SAMO, Radii, Sharpness, exempt_from_scaling
 from flatmtl.solves import Observed, Solves
 from flatmtl.spsa import Directions
 from flatmtl.steps.between import weighted, weighted_sharp
+from flatmtl.steps.coop import coop
+from flatmtl.steps.maml import maml
 from flatmtl.steps.one_pass import one_pass
 from flatmtl.steps.plain import plain
 from flatmtl.steps.represented import represented
 from flatmtl.steps.samo import samo
 from flatmtl.steps.sharp import sharp
+from flatmtl.strategies import MAML, CoopFlat, Strategy
+from flatmtl.stream import Stream
 from flatmtl.watch import Watch, outside, raise_invalid_loss, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
 
@@ -56,6 +60,7 @@ class Options:
     weights_every: int
     replay_rng: bool
     history: int
+    strategy: Strategy | None = None
 
 
 class Engine:
@@ -71,7 +76,7 @@ class Engine:
         capture: the gradients gathered for a step that is still open.
         weights: "loss" and "flat" weights of the last solve, for the steps until the next.
         clean_buffers: the model's buffers as the clean passes left them.
-        directions: SAMO's; None without.
+        directions: SAMO's random stream, or CoopFlat's; None without.
         label: names a parameter in errors.
         scale: the loss scale of a step that is still open; None: 1.
         running: whether passes are being run.
@@ -99,11 +104,11 @@ class Engine:
         self.capture: Capture | WeightedBackward | None = None
         self.weights: dict[str, Tensor] = {}
         self.clean_buffers = BufferKeeper(options.model)
-        self.directions = (
-            Directions(options.sharpness, options.model)
-            if isinstance(options.sharpness, SAMO)
-            else None
-        )
+        self.directions: Stream | None = None
+        if isinstance(options.sharpness, SAMO):
+            self.directions = Directions(options.sharpness, options.model)
+        elif isinstance(options.strategy, CoopFlat):
+            self.directions = Stream(options.strategy.seed)
         self.label = label
         self.watched = False
         self.meters: list[Meter] = []
@@ -193,6 +198,7 @@ class Engine:
             options.weights_every > 1
             or self._looks_back
             or isinstance(sharpness, SAMO)
+            or isinstance(options.strategy, CoopFlat)
             or (isinstance(sharpness, SAM) and (sharpness.every > 1 or sharpness.warmup > 0))
         )
 
@@ -204,7 +210,7 @@ class Engine:
         """Whether backward() adds to that before: no step since, and nobody has reset the gradients."""
         return (
             self._open
-            and self.capture is not None
+            and (self.capture is not None or self.options.strategy is not None)
             and all(param.grad is grad for param, grad, _ in self._written)
         )
 
@@ -221,7 +227,7 @@ class Engine:
         Returns:
             The passes, with the clean losses.
         """
-        sharpness = self.options.sharpness
+        sharpness, strategy = self.options.sharpness, self.options.strategy
         more = self._continues()
         if more and any(grad._version != version for _, grad, version in self._written):
             raise RuntimeError(
@@ -230,7 +236,8 @@ class Engine:
             )
         radii = None if sharpness is None else Radii(sharpness, groups, self.steps)
         exact = any(meter.options.mode == "exact" for meter in self._due())
-        replaying = self.options.replay_rng and bool(radii)
+        away = bool(radii) or strategy is not None  # passes away from the parameters
+        replaying = self.options.replay_rng and away
         looking = self._looks_back
         replay = Replay(self._generators()) if replaying or exact or looking else None
         passes = Passes(given, replay, replaying)
@@ -239,7 +246,7 @@ class Engine:
                 "losses must be a closure (or a list of them) with a weighting that wants the losses "
                 "after the step too: it runs them again"
             )
-        if sharpness is not None and not passes.repeatable:
+        if (sharpness is not None or strategy is not None) and not passes.repeatable:
             raise ValueError(
                 "losses must be a closure (or a list of them) with sharpness: it runs several passes"
             )
@@ -248,7 +255,7 @@ class Engine:
                 "losses must be a closure, or a list of them for all micro-batches of a step, where an "
                 "AffinityProbe in exact mode measures: it runs them again"
             )
-        if radii and more:
+        if away and more:
             raise RuntimeError(
                 "backward must be given all micro-batches of a step at once with sharpness, as a list "
                 "of closures; call step() or zero_grad() first"
@@ -266,7 +273,7 @@ class Engine:
                 self.directions.begin()
         self._begun, self.scale = True, scale
         undoing = scale is not None or self.options.nonfinite == "skip"
-        guarded = bool(radii) or exact or (undoing and passes.repeatable)
+        guarded = away or exact or (undoing and passes.repeatable)
         random = self._generators().state() if guarded else None
         if guarded and not self._guarded:
             self._before.save()
@@ -316,7 +323,12 @@ class Engine:
         reuse = not due and self.roles is not None and needed <= self.weights.keys()
         if self.capture is not None:  # a step stays of the kind that it began as
             reuse = isinstance(self.capture, WeightedBackward)
-        if apart and self.solves.weightings["loss"].one_pass:
+        strategy = self.options.strategy
+        if isinstance(strategy, MAML):
+            maml(self, strategy, passes, scale)
+        elif isinstance(strategy, CoopFlat):
+            coop(self, strategy, passes, scale)
+        elif apart and self.solves.weightings["loss"].one_pass:
             one_pass(self, passes, scale)
         elif apart and reuse:
             weighted(self, passes, scale)
@@ -352,7 +364,8 @@ class Engine:
                 f"losses must be of the tasks {roles.tasks}, as before (None for one that is missing "
                 f"from the batch), got {losses.names}"
             )
-        if roles is None and losses.together and self._named is None:
+        told = self._named is not None or isinstance(self.options.strategy, CoopFlat)
+        if roles is None and losses.together and not told:
             warnings.warn(
                 "losses are entries of one tensor: every parameter that it depends on counts as shared. "
                 "Where tasks have parameters of their own, return a list of losses (or torch.stack of "
@@ -613,7 +626,7 @@ class Engine:
         self._measure_gram(roles, found, scale)
         if not self.solves.weightings["loss"].one_pass:
             self.watch_losses()
-        watching = after is not None and self._radius.watching
+        watching = after is not None and self.options.strategy is None and self._radius.watching
         if not self.options.history and not watching:
             return
         device = roles.params[0].device
