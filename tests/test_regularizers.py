@@ -408,7 +408,7 @@ def test_training_finds_the_blocks(rng):
         weighting=flatmtl.weighting.Sum(),
         shared=head.parameters(),
     )
-    found = TaskFeatureLaplacian(2, strength=0.2, update_every=5)
+    found = TaskFeatureLaplacian(2, strength=0.5, update_every=5)
     for _ in range(100):
         x = torch.from_numpy(rng.standard_normal((64, 8)))
         y = x @ torch.from_numpy(true).T + 0.1 * torch.from_numpy(rng.standard_normal((64, 4)))
