@@ -5,13 +5,14 @@ methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on th
 measures which tasks help each other, ``select_groups`` chooses which to train together.
 """
 
-from flatmtl import grouping, measures, ops, plots, weighting
+from flatmtl import grouping, measures, ops, plots, regularizers, weighting
 from flatmtl.affinity import AffinityProbe, AffinityRecord, sample_overlap
 from flatmtl.aggregation import aggregate
 from flatmtl.grouping import select_groups
 from flatmtl.history import History
 from flatmtl.jacobian import Batched
 from flatmtl.optimizer import MultiTaskOptimizer
+from flatmtl.popart import PopArt
 from flatmtl.representation import Representation
 from flatmtl.sharpness import SAM, SAMO
 from flatmtl.strategies import MAML, CoopFlat
@@ -28,6 +29,7 @@ __all__ = [
     "CoopFlat",
     "History",
     "MultiTaskOptimizer",
+    "PopArt",
     "Representation",
     "__version__",
     "aggregate",
@@ -35,6 +37,7 @@ __all__ = [
     "measures",
     "ops",
     "plots",
+    "regularizers",
     "sample_overlap",
     "select_groups",
     "weighting",
