@@ -33,6 +33,7 @@ class Annealing {
       frozen = one_temperature(temperature, double(k) / kTemperatures) ? 0 : frozen + 1;
       temperature *= kCooling;
     }
+    climb();
     path_ = best_;
     climb();
     return best_;
