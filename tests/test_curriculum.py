@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 
 import flatmtl
 from flatmtl import AffinityRecord, ops
+from flatmtl.__main__ import main
 from flatmtl.curriculum import (
     difficulty_margin,
     from_affinity,
@@ -505,3 +506,45 @@ def test_bad_samples():
             order_instances(given, **options)
     with pytest.raises(TypeError, match="drop must be a number, got str"):
         order_instances([1.0], drop="a")
+
+
+# ------------------------------------------------------------ the command
+
+
+def run(capsys, *options, status=0):
+    assert main(["order", *map(str, options)]) == status
+    out, err = capsys.readouterr()
+    if status:
+        assert not out and len(err.splitlines()) == 1 and err.startswith("order: ")
+        return err
+    assert not err
+    return out
+
+
+def test_the_command(rng, capsys, tmp_path):
+    matrix = rng.normal(size=(6, 6))
+    tasks = ["ss", "depth", "normals", "keys", "edges", "a b"]
+    record = AffinityRecord.from_matrix(matrix, tasks)
+    record.save(tmp_path / "record.npz")
+    record.write_csv(tmp_path / "record.csv")
+    for options in ([], ["--start", "keys"], ["--exact", "--seed", "3"]):
+        start = "keys" if "keys" in options else None
+        expected = order_tasks(from_affinity(matrix), tasks=tasks, start=start)
+        for name in ("record.npz", "record.csv"):
+            assert run(capsys, tmp_path / name, *options).rstrip() == str(expected)
+    many = random(rng, 20)
+    AffinityRecord.from_matrix(many).save(tmp_path / "many.npz")
+    assert "not proven best" in run(capsys, tmp_path / "many.npz") or order_tasks(many).exact
+    assert "(exact; " in run(capsys, tmp_path / "many.npz", "--exact", "--start", "11")
+
+
+def test_the_commands_errors(rng, capsys, tmp_path):
+    matrix = rng.normal(size=(3, 3))
+    AffinityRecord.from_matrix(matrix, ["a", "b", "c"]).save(tmp_path / "good.npz")
+    matrix[0, 1] = np.nan
+    AffinityRecord.from_matrix(matrix, ["a", "b", "c"]).save(tmp_path / "nan.npz")
+    good = tmp_path / "good.npz"
+    assert "unknown task 'd'" in run(capsys, good, "--start", "d", status=2)
+    assert "quantity must be one of" in run(capsys, good, "--quantity", "cosine", status=2)
+    assert "got nan at [0, 1]" in run(capsys, tmp_path / "nan.npz", status=2)
+    assert "No such file" in run(capsys, tmp_path / "none.npz", status=2)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
+from flatmtl.affinity._names import printable
 from flatmtl.curriculum._arrays import Floats, Numbers, square, symmetric
 from flatmtl.grouping.names import Tasks
 from flatmtl.losses import TaskName
@@ -43,7 +44,7 @@ class TaskOrder:
 
     def __repr__(self) -> str:
         """The order in one line; of many tasks the first and the last."""
-        names = [str(name) for name in self.order]
+        names = [printable(name) for name in self.order]
         if len(names) > 12:
             names = [*names[:6], f"... {len(names) - 12} more ...", *names[-6:]]
         return f"TaskOrder({' > '.join(names)}; similarity {self.similarity:.6g}, {self._kind()})"
@@ -54,9 +55,10 @@ class TaskOrder:
             f"order of {len(self.order)} task(s), similarity {self.similarity:.6g} ({self._kind()}; "
             f"nearest neighbour {self.nearest_neighbour:.6g})"
         ]
-        width = max(len(str(name)) for name in self.order)
-        for name, step in zip(self.order, [None, *self.steps], strict=True):
-            lines.append(f"  {name!s:<{width}}" + ("" if step is None else f"  {step:.6g}"))
+        names = [printable(name) for name in self.order]
+        width = max(map(len, names))
+        for name, step in zip(names, [None, *self.steps], strict=True):
+            lines.append(f"  {name:<{width}}" + ("" if step is None else f"  {step:.6g}"))
         return "\n".join(line.rstrip() for line in lines)
 
     def _kind(self) -> str:
