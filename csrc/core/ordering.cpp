@@ -39,8 +39,9 @@ ord::Path order_exact(const Array& similarity, int start, py::object progress) {
 
 ord::Path order_by_nearest(const Array& similarity, int start) {
   const ord::Problem problem = problem_of(similarity, start);
+  PythonWatch watch(py::none{});
   py::gil_scoped_release free;
-  return ord::nearest_neighbour(problem);
+  return ord::nearest_neighbour(problem, watch);
 }
 
 ord::Path order_by_annealing(const Array& similarity, ord::Path path, int start, uint64_t seed,

@@ -118,16 +118,19 @@ class Annealing {
   // Until no single move helps.
   void climb() {
     double scale = 0;
-    for (int k = 1; k < n_; ++k) scale = std::max(scale, std::fabs(link(k - 1, k)));
+    for (int a = 0; a < n_; ++a)
+      for (int b = 0; b < a; ++b) scale = std::max(scale, std::fabs(p_.at(a, b)));
+    const double least = 1e-12 * scale;  // rounding must not send it in circles
     for (bool better = true; better;) {
       better = false;
-      for (int i = first_; i < n_; ++i)
+      for (int i = first_; i < n_; ++i) {
+        watch_.look(1.0);
         for (int j = i + 1; j < n_; ++j)
           for (const bool turn : {true, false}) {
             const Move move{i, j, turn};
-            if (gain(move) > 1e-12 * scale) make(move), better = true;
+            if (gain(move) > least) make(move), better = true;
           }
-      watch_.look(1.0);
+      }
     }
     if (p_.sum(path_) > most_) keep();
   }

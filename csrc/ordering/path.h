@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "../selection/watch.h"
+
 namespace flatmtl::ordering {
 
 using Path = std::vector<int>;
@@ -25,7 +27,7 @@ struct Problem {
 
 // Always on to the most similar task left, the first one of equals: the best such path of every
 // start. O(n^3).
-inline Path nearest_neighbour(const Problem& p) {
+inline Path nearest_neighbour(const Problem& p, selection::Watch& watch) {
   Path best, path(p.tasks);
   double most = 0;
   for (int first = 0; first < p.tasks; ++first) {
@@ -34,6 +36,7 @@ inline Path nearest_neighbour(const Problem& p) {
     path[0] = first;
     path[first] = 0;
     for (int k = 1; k < p.tasks; ++k) {
+      watch.look(0.0);
       int next = k;
       for (int j = k + 1; j < p.tasks; ++j) {
         const double gain = p.at(path[k - 1], path[j]) - p.at(path[k - 1], path[next]);
