@@ -39,7 +39,6 @@ class Net(nn.Module):
 
     def losses(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         z = self.trunk(x)
-        # alike enough that no method falls back: every head sees the same target
         return z, [(h(z.flatten(1)) - 2 - x[:, :1]).square().mean() for h in self.heads]
 
 
@@ -65,8 +64,26 @@ def aligned(rows: np.ndarray) -> np.ndarray:
 ORACLES = {"mgda": mgda, "imtl_g": ow.imtl_g_paper, "aligned_mtl": aligned}
 
 
+def drawn(rng: np.random.Generator, kind: str, tasks: int) -> tuple[Net, Tensor]:
+    """A net and a batch with rows that are far from dependent, on which IMTL-G does not fall back."""
+    while True:
+        torch.manual_seed(int(rng.integers(1 << 30)))
+        net, x = Net(kind, tasks), torch.randn(12, 5, dtype=torch.float64)
+        rows = feature_rows(*net.losses(x)).flatten(1).numpy()
+        n = np.linalg.norm(rows, axis=1)
+        c = rows @ rows.T / np.outer(n, n)
+        parts = np.linalg.solve(c, np.ones(tasks)) / n
+        if np.linalg.cond(c) < 1e3 and parts.sum() > 0.2 * np.abs(parts).sum():
+            return net, x
+
+
+def feature_rows(z: Tensor, losses: list[Tensor]) -> Tensor:
+    """dL_i/dz, [T, *z.shape]."""
+    return torch.stack([torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in losses])
+
+
 def made(name: str, net: Net) -> MultiTaskOptimizer:
-    base = torch.optim.SGD(net.parameters(), lr=0.01)
+    base = torch.optim.SGD(net.parameters(), lr=0.001)
     return MultiTaskOptimizer(
         base, weighting=METHODS[name](), model=net, jacobian=Representation(net.trunk)
     )
@@ -75,8 +92,8 @@ def made(name: str, net: Net) -> MultiTaskOptimizer:
 def expected(name: str, net: Net, x: Tensor) -> tuple[np.ndarray, list[Tensor], list[Tensor]]:
     """Weights, the trunk's gradients, each head's."""
     z, losses = net.losses(x)
-    rows = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in losses]
-    w = ORACLES[name](torch.stack(rows).flatten(1).numpy())
+    rows = feature_rows(z, losses)
+    w = ORACLES[name](rows.flatten(1).numpy())
     combined = sum(float(weight) * row for weight, row in zip(w, rows))
     trunk = torch.autograd.grad(
         z, list(net.trunk.parameters()), grad_outputs=combined, retain_graph=True
@@ -97,9 +114,7 @@ def near(got: Tensor, want: Tensor, tolerance: float) -> None:
 @any_count
 @any_trunk
 def test_the_step(name, tasks, kind, rng):
-    torch.manual_seed(int(rng.integers(1 << 30)))
-    net = Net(kind, tasks)
-    x = torch.randn(12, 5, dtype=torch.float64)
+    net, x = drawn(rng, kind, tasks)
     opt = made(name, net)
     for _ in range(2):
         _, trunk, heads = expected(name, net, x)
@@ -115,20 +130,20 @@ def test_the_step(name, tasks, kind, rng):
 @each
 def test_the_gradients_are_not_the_parameters(name, rng):
     """Otherwise the test above would pass for the ordinary step too."""
-    torch.manual_seed(int(rng.integers(1 << 30)))
-    net = Net("mlp", 3)
-    x = torch.randn(12, 5, dtype=torch.float64)
-    w, trunk, _ = expected(name, net, x)
-    _, losses = net.losses(x)
-    params = list(net.trunk.parameters())
-    rows = np.stack([
-        torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=True)]).numpy()
-        for v in losses
-    ])  # fmt: skip
-    other = ORACLES[name](rows)
-    assert np.abs(other - w).max() > 1e-3 * np.abs(w).max()
-    close = torch.cat([g.flatten() for g in trunk]).numpy()
-    np.testing.assert_allclose(w @ rows, close, rtol=0, atol=1e-10 * np.abs(close).max())
+    most = 0.0
+    for _ in range(10):  # two of MGDA's answers may be the same corner
+        net, x = drawn(rng, "mlp", 3)
+        w, trunk, _ = expected(name, net, x)
+        _, losses = net.losses(x)
+        params = list(net.trunk.parameters())
+        rows = np.stack([
+            torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=True)])
+            for v in losses
+        ])  # fmt: skip
+        d = torch.cat([g.flatten() for g in trunk]).numpy()
+        np.testing.assert_allclose(w @ rows, d, rtol=0, atol=1e-10 * np.abs(d).max())
+        most = max(most, np.abs(ORACLES[name](rows) - w).max())
+    assert most > 1e-2
 
 
 @pytest.mark.parametrize("name, d", [
@@ -154,8 +169,7 @@ def test_golden(name, d):
 @each
 @any_count
 def test_one_backward_pass_of_the_trunk(name, tasks, rng):
-    torch.manual_seed(int(rng.integers(1 << 30)))
-    net, counts = Net("mlp", tasks), {"trunk": 0, "heads": 0}
+    (net, x), counts = drawn(rng, "mlp", tasks), {"trunk": 0, "heads": 0}
 
     def watch(part: str):
         def note(grad: Tensor) -> None:
@@ -167,7 +181,6 @@ def test_one_backward_pass_of_the_trunk(name, tasks, rng):
     for head in net.heads:
         head.register_forward_hook(watch("heads"))
     opt = made(name, net)
-    x = torch.randn(12, 5, dtype=torch.float64)
     for step in range(1, 4):
         opt.step(lambda: net.losses(x)[1])
         assert counts == {"trunk": step, "heads": step * tasks}
