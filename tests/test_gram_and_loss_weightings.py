@@ -365,6 +365,11 @@ def test_gradnorm_of_a_step_that_is_not_made(rng):
     before = weighting.learned.detach().clone()
     step(weighting, base, gram, losses, ok=torch.tensor(False))
     assert torch.equal(weighting.learned.detach(), before)
+    weighting(gram, losses)
+    with torch.no_grad():
+        weighting.learned.mul_(torch.tensor([2.0, 1, 1, 1]))  # as by momentum
+    weighting._made(torch.tensor(False))
+    assert torch.equal(weighting.learned.detach(), before)
     with torch.no_grad():
         weighting.learned.mul_(0.5)  # no call before: not this method's step
     weighting._made(None)
@@ -575,6 +580,10 @@ def test_a_missing_task(name, rng):
         assert all(s[1] == 0 for s in weighting._gradients())
     close(torch.stack(found)[:, [0, 2, 3]], torch.stack(found[:1] * 4)[:, [0, 2, 3]], 1e-12)
     weighting = make(name)
+    for p in weighting.parameters():
+        p.data = tensor([0.5, 1.5, 0.7, 1.3])
+    weighting(gram, losses, there)
+    assert all(s[1] == 0 and s[0] != 0 for s in weighting._gradients())
     weighting(gram, losses, torch.zeros(4, dtype=torch.bool))
     assert all((s == 0).all() for s in weighting._gradients())
 
