@@ -19,31 +19,15 @@ from flatmtl.weighting import MGDA, Mean, PCGrad, Sum, Weighting, by_name
 
 GOLDEN = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
 CLASSES = {
-    "mean": Mean,
-    "sum": Sum,
-    "constant": package.Constant,
-    "pcgrad": PCGrad,
-    "gradvac": package.GradVac,
-    "mgda": MGDA,
-    "cagrad": package.CAGrad,
-    "nash_mtl": package.NashMTL,
-    "fairgrad": package.FairGrad,
-    "imtl_g": package.IMTLG,
-    "aligned_mtl": package.AlignedMTL,
-    "upgrad": package.UPGrad,
-    "dualproj": package.DualProj,
-    "config": package.ConFIG,
-    "pivrg": package.PIVRG,
-    "pcd": package.PCD,
-    "krum": package.Krum,
-    "sdmgrad": package.SDMGrad,
-    "modo": package.MoDo,
-    "cr_mogm": package.CRMOGM,
+    "mean": Mean, "sum": Sum, "constant": package.Constant, "pcgrad": PCGrad,
+    "gradvac": package.GradVac, "mgda": MGDA, "cagrad": package.CAGrad,
+    "nash_mtl": package.NashMTL, "fairgrad": package.FairGrad, "imtl_g": package.IMTLG,
+    "aligned_mtl": package.AlignedMTL, "upgrad": package.UPGrad, "dualproj": package.DualProj,
+    "config": package.ConFIG, "pivrg": package.PIVRG, "pcd": package.PCD, "krum": package.Krum,
+    "sdmgrad": package.SDMGrad, "modo": package.MoDo, "cr_mogm": package.CRMOGM,
     "rlw": package.RandomLossWeighting,
-}
-OTHERS = {
-    "imtl": package.IMTL, "gradnorm": package.GradNorm, "emtl_like": package.EMTLLike,
 }  # fmt: skip
+OTHERS = {"imtl": package.IMTL, "gradnorm": package.GradNorm, "emtl_like": package.EMTLLike}
 each = pytest.mark.parametrize("name", ALL)
 
 
