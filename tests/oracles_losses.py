@@ -64,6 +64,8 @@ class Famo:
 
     def update(self, losses: Array, there: Array) -> None:
         on = np.flatnonzero(there & self.there)
+        if len(on) == 0:
+            return
         delta = np.log(self.before[on]) - np.log(self.distance(losses)[on])
         z = softmax(self.xi[on])
         jacobian = np.diag(z) - np.outer(z, z)

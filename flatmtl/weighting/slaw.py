@@ -54,9 +54,9 @@ class SLAW(StatefulLoss):
         mean.lerp_(losses, share)
         variance.lerp_(apart.mul_(losses - mean), share)
         inverse = variance.clamp(min=self._least).rsqrt_()
-        if there is None and count.device.type == "cpu" and not torch.compiler.is_compiling():
-            if min(count.tolist()) > 1:  # mostly; what is below comes to the same
-                return inverse.div_(inverse.sum()).mul_(count.shape[0])
+        readable = count.device.type == "cpu" and not torch.compiler.is_compiling()
+        if there is None and readable and min(count.tolist()) > 1:
+            return inverse.div_(inverse.sum()).mul_(count.shape[0])  # as below, in fewer operations
         seen = count > 1  # a task's first loss says nothing about how it varies
         taken = seen if there is None else seen & there
         inverse.mul_(taken)
