@@ -72,9 +72,10 @@ class STCH(StatefulLoss):
             return self._relative(losses, there)
         preference: Tensor | float = 1 / losses.shape[0]
         if self.preference is not None:
-            preference = per_task("preference", self.preference, losses)
+            self.preference = preference = per_task("preference", self.preference, losses)
         if self.reference is not None:
-            losses = losses - per_task("reference", self.reference, losses)
+            self.reference = per_task("reference", self.reference, losses)
+            losses = losses - self.reference
         return among(losses * preference, there, self.mu).mul_(preference)
 
     def _relative(self, losses: Tensor, there: Tensor | None) -> Tensor:
