@@ -258,6 +258,17 @@ def test_heads_of_another_dtype(first_order, rng):
 
 
 @forms
+@pytest.mark.parametrize("options", [dict(jacobian="batched"), dict(row_dtype=torch.bfloat16)])
+def test_other_ways_to_keep_and_take_rows(first_order, options, rng):
+    net = Net(dtype=torch.float32)
+    data = Data(net)
+    maml = MAML(LR, first_order=first_order)
+    wanted = oracle(net, maml, data.support, data.query, Sum())
+    wrap(net, maml, **options).step(data.both)
+    near(grads(net), wanted, 0.03 if "row_dtype" in options else 1e-4)
+
+
+@forms
 def test_without_an_inner_step_it_is_the_plain_step(first_order, rng):
     """Bit for bit, with a weighting that draws."""
     net = Net()
