@@ -566,6 +566,16 @@ def test_history(first_order, rng):
     assert np.isfinite(found["cosines"]).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_large_query_loss_is_no_large_radius(rng):
+    """The warning of a radius that is too large is SAM's."""
+    net = Net()
+    data = Data(net)
+    opt = wrap(net, MAML(1e-4), lr=1e-9)
+    for _ in range(3):
+        opt.step(lambda query=False: [a * (1000 if query else 1) for a in data.both(query=query)])
+
+
 @pytest.mark.parametrize("mode", ["first_order", "exact"])
 def test_affinities_are_of_the_plain_gradients(mode, rng):
     """A probe sees the gradients at the parameters, as at a plain step, and changes nothing."""
