@@ -446,6 +446,7 @@ def test_what_is_not_finite(nonfinite, samples, rng):
 
     opt.step(bad(1))
     assert opt.last_status()["finite"] == {0: True, 1: True, 2: True}
+    assert opt._engine.counts  # turns are counted on the host, also with a fused optimizer on CUDA
     before = snapshot(list(net.parameters()))
     if nonfinite == "raise":
         with pytest.raises(FloatingPointError, match="1"):

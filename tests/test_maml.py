@@ -258,6 +258,17 @@ def test_heads_of_another_dtype(first_order, rng):
 
 
 @forms
+@pytest.mark.parametrize("options", [dict(jacobian="batched"), dict(row_dtype=torch.bfloat16)])
+def test_other_ways_to_keep_and_take_rows(first_order, options, rng):
+    net = Net(dtype=torch.float32)
+    data = Data(net)
+    maml = MAML(LR, first_order=first_order)
+    wanted = oracle(net, maml, data.support, data.query, Sum())
+    wrap(net, maml, **options).step(data.both)
+    near(grads(net), wanted, 0.03 if "row_dtype" in options else 1e-4)
+
+
+@forms
 def test_without_an_inner_step_it_is_the_plain_step(first_order, rng):
     """Bit for bit, with a weighting that draws."""
     net = Net()
@@ -553,6 +564,16 @@ def test_history(first_order, rng):
     np.testing.assert_allclose(found["sharpness"][0], rise, rtol=1e-5, atol=1e-5)
     assert (found["weights"][0] == 1).all()
     assert np.isfinite(found["cosines"]).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_query_loss_is_no_large_radius(rng):
+    """The warning of a radius that is too large is SAM's."""
+    net = Net()
+    data = Data(net)
+    opt = wrap(net, MAML(1e-4), lr=1e-9)
+    for _ in range(3):
+        opt.step(lambda query=False: [a * (1000 if query else 1) for a in data.both(query=query)])
 
 
 @pytest.mark.parametrize("mode", ["first_order", "exact"])
