@@ -17,6 +17,7 @@ NO_ACTIVE, SOME_INACTIVE, NOT_CONVERGED, RIDGE_RAISED, FALLBACK, INVALID = 1, 2,
 ALL = ["mean", "sum", "constant", "pcgrad", "gradvac", "mgda", "cagrad", "nash_mtl", "fairgrad",
        "imtl_g", "aligned_mtl", "upgrad", "dualproj", "config", "pivrg", "pcd", "krum", "sdmgrad",
        "modo", "cr_mogm", "rlw"]  # fmt: skip
+ROWS = ["graddrop", "trimmed_mean", "moco", "db_mtl", "excess_mtl"]  # need the gradients themselves
 RANDOM = ["pcgrad", "gradvac", "rlw"]  # draws depend on the step and on the place in the batch
 STATEFUL = ["gradvac", "nash_mtl", "pcd", "sdmgrad", "modo", "cr_mogm"]
 CROSS = ["sdmgrad", "modo"]  # take any cross-Gram

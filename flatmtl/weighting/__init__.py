@@ -11,13 +11,17 @@ from flatmtl.weighting.cagrad import CAGrad
 from flatmtl.weighting.config import ConFIG
 from flatmtl.weighting.constant import Constant
 from flatmtl.weighting.cr_mogm import CRMOGM
+from flatmtl.weighting.db_mtl import DBMTL
 from flatmtl.weighting.dualproj import DualProj
+from flatmtl.weighting.excess_mtl import ExcessMTL
 from flatmtl.weighting.fairgrad import FairGrad
+from flatmtl.weighting.graddrop import GradDrop
 from flatmtl.weighting.gradvac import GradVac
 from flatmtl.weighting.imtl_g import IMTLG
 from flatmtl.weighting.krum import Krum
 from flatmtl.weighting.mean import Mean
 from flatmtl.weighting.mgda import MGDA
+from flatmtl.weighting.moco import MoCo
 from flatmtl.weighting.modo import MoDo
 from flatmtl.weighting.nash_mtl import NashMTL
 from flatmtl.weighting.pcd import PCD
@@ -26,10 +30,12 @@ from flatmtl.weighting.pivrg import PIVRG
 from flatmtl.weighting.random_loss import RandomLossWeighting
 from flatmtl.weighting.sdmgrad import SDMGrad
 from flatmtl.weighting.sum import Sum
+from flatmtl.weighting.trimmed_mean import TrimmedMean
 from flatmtl.weighting.upgrad import UPGrad
 
 __all__ = [
     "CRMOGM",
+    "DBMTL",
     "IMTLG",
     "METHODS",
     "MGDA",
@@ -40,11 +46,14 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
+    "GradDrop",
     "GradVac",
     "Krum",
     "Mean",
     "MethodInfo",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "PCGrad",
@@ -52,6 +61,7 @@ __all__ = [
     "SDMGrad",
     "SolveStatus",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
     "Weighting",
     "by_name",
@@ -81,6 +91,11 @@ METHODS: dict[str, type[Weighting]] = {
     "modo": MoDo,
     "cr_mogm": CRMOGM,
     "rlw": RandomLossWeighting,
+    "graddrop": GradDrop,
+    "trimmed_mean": TrimmedMean,
+    "moco": MoCo,
+    "db_mtl": DBMTL,
+    "excess_mtl": ExcessMTL,
 }
 
 
