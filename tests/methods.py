@@ -20,6 +20,7 @@ ALL = ["mean", "sum", "constant", "pcgrad", "gradvac", "mgda", "cagrad", "nash_m
 # of losses alone: weighting(losses)
 LOSS = ["slaw", "famo", "uw", "imtl_l", "dwa", "gls", "si", "bmtl", "stch", "go4align"]
 BOTH = ["imtl", "gradnorm", "emtl_like"]  # look at the Gram matrix and the losses
+ROWS = ["graddrop", "trimmed_mean", "moco", "db_mtl", "excess_mtl"]  # need the gradients themselves
 RANDOM = ["pcgrad", "gradvac", "rlw"]  # draws depend on the step and on the place in the batch
 STATEFUL = ["gradvac", "nash_mtl", "pcd", "sdmgrad", "modo", "cr_mogm"]
 CROSS = ["sdmgrad", "modo"]  # take any cross-Gram

@@ -9,12 +9,12 @@ import math
 
 import pytest
 import torch
-from methods import BOTH, LOSS, make
+from methods import BOTH, LOSS, ROWS, make
 from torch import Tensor, nn
 
 from flatmtl import SAM, AffinityProbe, MultiTaskOptimizer
 
-NEW = [*LOSS, *BOTH, "rlw"]
+NEW = [*LOSS, *BOTH, *ROWS, "rlw"]
 every_method = pytest.mark.parametrize("name", NEW)
 TASKS = 3
 
