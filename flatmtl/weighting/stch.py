@@ -83,14 +83,12 @@ class STCH(StatefulLoss):
         mean, count = self._state_for(losses).unbind(0)
         warm = count < self.warmup
         counted = warm if there is None else warm & there
-        nth = (count - (self.warmup - self.average - 1)).clamp_(
-            min=1.0
-        )  # of those that are averaged
-        averaged = counted & (count >= self.warmup - self.average)
+        # of those that are averaged; until these begin, each loss takes the place of the one before
+        nth = (count - (self.warmup - self.average - 1)).clamp_(min=1.0)
         ready = ~warm if there is None else there & ~warm
         smooth = shares(losses.log() - mean.log(), ready, self.mu)
         weights = torch.where(warm, 1.0, smooth) / losses
-        mean.add_((losses - mean).div_(nth).mul_(averaged))
+        mean.lerp_(losses, nth.reciprocal_().mul_(counted))
         count.add_(counted)
         return weights
 
