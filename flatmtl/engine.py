@@ -43,6 +43,7 @@ from flatmtl.strategies import MAML, CoopFlat, Strategy
 from flatmtl.stream import Stream
 from flatmtl.watch import Watch, outside, raise_invalid_loss, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
+from flatmtl.weighting._rows import RowMethod
 
 if TYPE_CHECKING:
     from flatmtl.affinity.meter import Meter
@@ -129,9 +130,7 @@ class Engine:
         self.lost: set[int] = set()
         self._groups = groups  # id(parameter) -> its group, where groups have weights of their own
         self._columns: tuple[Block, Columns] | None = None
-        self._to_look_back: list[
-            Passes
-        ] = []  # of this step, where their losses after it are wanted
+        self._to_look_back: Passes | None = None  # whose losses after the step are wanted
         self._loaded: dict[str, Any] | None = None  # a state that waits for the parameters' roles
 
     # ------------------------------------------------------------ the life of a step
@@ -162,25 +161,24 @@ class Engine:
         for meter in self.meters:
             meter.made(self.ok)
         self.solves.made(self.ok)
-        behind, self._to_look_back = self._to_look_back, []
+        behind = self._to_look_back
         self._close()
         self.steps += 1
-        if behind:
+        if behind is not None:
             self._look_back(behind)
 
-    def _look_back(self, passes: Sequence[Passes]) -> None:
-        """Hands the losses after the step to the weighting: the closures run again, without gradients."""
+    def _look_back(self, passes: Passes) -> None:
+        """Hands the last micro-batch's losses after the step to the weighting, which saw them before it."""
         assert self.roles is not None
         after: list[Tensor | None] = []
         self.clean_buffers.save()
         try:
-            for one in passes:
-                for losses, _ in one.again(self.roles.tasks, None, graph=False, replay=True):
-                    after = added_entries(after, losses.detached)
+            again = passes.again(self.roles.tasks, None, graph=False, replay=True, last=True)
+            for losses, _ in again:
+                after = losses.detached
         finally:
             self.clean_buffers.restore()
-            for one in passes:
-                one.end()
+            passes.end()
         seen = self.observed(after, self.roles)
         self.solves.weightings["loss"]._after_step(seen.losses, seen.there)
 
@@ -188,7 +186,7 @@ class Engine:
         self._open = self._begun = self._guarded = False
         self.capture = self.ok = self.scale = self._record_args = None
         self.lost = set()
-        self._to_look_back = []
+        self._to_look_back = None
 
     @property
     def counts(self) -> bool:
@@ -295,7 +293,7 @@ class Engine:
             if guarded:
                 self._before.undo_unless(self.ok)
         if looking:
-            self._to_look_back.append(passes)
+            self._to_look_back = passes
         self._open = True
         return passes
 
@@ -477,7 +475,10 @@ class Engine:
         full = self.options.history > 0 or self.measures
         seen = columns = None
         assert self.roles is not None
-        if any("losses" in w.needs or w.one_pass for w in self.solves.weightings.values()):
+        if any(
+            "losses" in w.needs or w.one_pass or isinstance(w, RowMethod)
+            for w in self.solves.weightings.values()
+        ):
             seen = self.observed(self._losses, self.roles)
         if self._groups is not None and self.roles.shared is not None:
             columns = self._columns_of(self.roles.shared)
@@ -534,8 +535,6 @@ class Engine:
 
     def own_weights(self, found: Found) -> Tensor | None:
         """float64 [T], what the gradients of the tasks' own parameters are multiplied by; None: by 1."""
-        if found.weights is None:
-            return None
         return self.solves.weightings["loss"]._own_weights(found.weights)
 
     def own_update(self, task: int, row: Tensor, weights: Tensor | None) -> None:

@@ -67,6 +67,7 @@ class Passes:
         graph: bool = True,
         replay: bool = False,
         query: bool = False,
+        last: bool = False,
     ) -> Iterator[tuple[TaskLosses, int]]:
         """Runs every micro-batch that has the task again.
 
@@ -78,6 +79,7 @@ class Passes:
             graph: False: without gradients.
             replay: with the random numbers of the clean pass, also where that is not asked for.
             query: of query data, where a closure takes ``query=``.
+            last: the last micro-batch alone.
 
         Yields:
             The micro-batch's losses, and where the task's stands among them (0 if all were asked for).
@@ -87,6 +89,8 @@ class Passes:
         ):
             name = None if task is None else tasks[task]
             if name is not None and name not in self._present[number]:
+                continue
+            if last and number < len(self._closures) - 1:
                 continue
             if self._replay is not None and (replay or self._replaying):
                 self._replay.rewind(number)

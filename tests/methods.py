@@ -40,6 +40,8 @@ def make(name: str, tasks: int = 4, **options) -> Weighting:
         options.setdefault("weighting", by_name("mgda"))
     elif name in ("uw", "imtl_l"):
         options.setdefault("tasks", tasks)
+    elif name == "trimmed_mean":
+        options.setdefault("trim", int(tasks > 2))
     elif name == "go4align":
         options.setdefault("groups", min(tasks, 2))
     return by_name(name, **options)

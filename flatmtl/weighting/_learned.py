@@ -78,6 +78,11 @@ class Learned(Weighting):
         """Notes the gradient [T] of this call; that of a task that is not there is 0."""
         self._slope = slope if there is None else torch.where(there, slope, 0.0)
 
+    def accumulate(self) -> None:
+        """Adds the gradient of the last call to that of ``learned``: for a loop without the optimizer."""
+        grad = self.learned.grad
+        self.learned.grad = self._slope.clone() if grad is None else grad + self._slope
+
     def _put(self, values: Tensor) -> None:
         with torch.no_grad():
             self.learned.copy_(values)

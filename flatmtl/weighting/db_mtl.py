@@ -82,5 +82,5 @@ class DBMTL(_row_passes.RowAverages):
         _row_passes.combine(new, weights if scale is None else weights * scale, out)
         self._last = _row_passes.status(counted, bits)
 
-    def _own_weights(self, weights: Tensor) -> Tensor | None:
+    def _own_weights(self, weights: Tensor | None) -> Tensor | None:
         return self._inverse

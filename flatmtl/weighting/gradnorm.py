@@ -114,7 +114,7 @@ class GradNorm(Learned, Stateful, WithLosses):
         slope = torch.sign(contribution - target) * norms / (norms.sum() / count)
         return torch.where(active, slope, 0.0)
 
-    def _own_weights(self, weights: Tensor) -> Tensor | None:
+    def _own_weights(self, weights: Tensor | None) -> Tensor | None:
         return self._before
 
     def _made(self, ok: Tensor | None) -> None:

@@ -70,5 +70,5 @@ class IMTL(Learned, WithLosses):
         alpha, bits, residual = ops.solve_imtl_g(scaled, ridge)
         return alpha * factors, SolveStatus(bits, residual)
 
-    def _own_weights(self, weights: Tensor) -> Tensor | None:
+    def _own_weights(self, weights: Tensor | None) -> Tensor | None:
         return self._factors
