@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from methods import ALL, CROSS, ROWS, SIGNED, make
+from methods import ALL, BOTH, CROSS, LOSS, ROWS, SIGNED, make
 from problems import FAMILIES, family
 
 import flatmtl
@@ -19,13 +19,30 @@ from flatmtl.weighting import MGDA, Mean, PCGrad, Sum, Weighting, by_name
 
 GOLDEN = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
 CLASSES = {
-    "mean": Mean, "sum": Sum, "constant": package.Constant, "pcgrad": PCGrad,
-    "gradvac": package.GradVac, "mgda": MGDA, "cagrad": package.CAGrad,
-    "nash_mtl": package.NashMTL, "fairgrad": package.FairGrad, "imtl_g": package.IMTLG,
-    "aligned_mtl": package.AlignedMTL, "upgrad": package.UPGrad, "dualproj": package.DualProj,
-    "config": package.ConFIG, "pivrg": package.PIVRG, "pcd": package.PCD, "krum": package.Krum,
-    "sdmgrad": package.SDMGrad, "modo": package.MoDo, "cr_mogm": package.CRMOGM,
+    "mean": Mean,
+    "sum": Sum,
+    "constant": package.Constant,
+    "pcgrad": PCGrad,
+    "gradvac": package.GradVac,
+    "mgda": MGDA,
+    "cagrad": package.CAGrad,
+    "nash_mtl": package.NashMTL,
+    "fairgrad": package.FairGrad,
+    "imtl_g": package.IMTLG,
+    "aligned_mtl": package.AlignedMTL,
+    "upgrad": package.UPGrad,
+    "dualproj": package.DualProj,
+    "config": package.ConFIG,
+    "pivrg": package.PIVRG,
+    "pcd": package.PCD,
+    "krum": package.Krum,
+    "sdmgrad": package.SDMGrad,
+    "modo": package.MoDo,
+    "cr_mogm": package.CRMOGM,
     "rlw": package.RandomLossWeighting,
+}
+OTHERS = {
+    "imtl": package.IMTL, "gradnorm": package.GradNorm, "emtl_like": package.EMTLLike,
 }  # fmt: skip
 each = pytest.mark.parametrize("name", ALL)
 
@@ -57,15 +74,18 @@ def test_the_long_name_of_rlw():
 
 
 def test_the_list_is_complete():
-    assert list(CLASSES) == ALL and set(package.METHODS) == set(ALL) | set(ROWS)
-    assert {m.name: m.cls for m in package.methods()} == CLASSES
-    for kind in CLASSES.values():
+    assert list(CLASSES) == ALL and list(OTHERS) == BOTH
+    assert set(package.METHODS) == {*ALL, *BOTH, *LOSS, *ROWS}
+    named = {m.name: m.cls for m in package.methods() if m.name not in (*LOSS, *ROWS)}
+    assert named == {**CLASSES, **OTHERS}
+    for kind in package.METHODS.values():
         assert kind.__name__ in package.__all__
 
 
 def test_the_listing():
     """Paper, year, needs and state of every method."""
-    needs = {"gram", "norms", "cross-gram of two batches", "nothing"}
+    needs = {"gram", "norms", "gram and losses", "norms and losses", "cross-gram of two batches",
+             "nothing", "losses", "rows", "rows and losses"}  # fmt: skip
     for method in package.methods():
         assert method.needs in needs or method.name == "cr_mogm", method
         assert (method.needs == "cross-gram of two batches") == (method.name in CROSS)

@@ -7,17 +7,26 @@ from typing import Any, NamedTuple
 
 from flatmtl.weighting._base import SolveStatus, Weighting
 from flatmtl.weighting.aligned_mtl import AlignedMTL
+from flatmtl.weighting.bmtl import BMTL
 from flatmtl.weighting.cagrad import CAGrad
 from flatmtl.weighting.config import ConFIG
 from flatmtl.weighting.constant import Constant
 from flatmtl.weighting.cr_mogm import CRMOGM
 from flatmtl.weighting.db_mtl import DBMTL
 from flatmtl.weighting.dualproj import DualProj
+from flatmtl.weighting.dwa import DWA
+from flatmtl.weighting.emtl_like import EMTLLike
 from flatmtl.weighting.excess_mtl import ExcessMTL
 from flatmtl.weighting.fairgrad import FairGrad
+from flatmtl.weighting.famo import FAMO
+from flatmtl.weighting.gls import GLS
+from flatmtl.weighting.go4align import GO4Align
 from flatmtl.weighting.graddrop import GradDrop
+from flatmtl.weighting.gradnorm import GradNorm
 from flatmtl.weighting.gradvac import GradVac
+from flatmtl.weighting.imtl import IMTL
 from flatmtl.weighting.imtl_g import IMTLG
+from flatmtl.weighting.imtl_l import IMTLL
 from flatmtl.weighting.krum import Krum
 from flatmtl.weighting.mean import Mean
 from flatmtl.weighting.mgda import MGDA
@@ -28,27 +37,42 @@ from flatmtl.weighting.pcd import PCD
 from flatmtl.weighting.pcgrad import PCGrad
 from flatmtl.weighting.pivrg import PIVRG
 from flatmtl.weighting.random_loss import RandomLossWeighting
+from flatmtl.weighting.scale_invariant import ScaleInvariant
 from flatmtl.weighting.sdmgrad import SDMGrad
+from flatmtl.weighting.slaw import SLAW
+from flatmtl.weighting.stch import STCH
 from flatmtl.weighting.sum import Sum
 from flatmtl.weighting.trimmed_mean import TrimmedMean
 from flatmtl.weighting.upgrad import UPGrad
+from flatmtl.weighting.uw import UncertaintyWeighting
 
 __all__ = [
+    "BMTL",
     "CRMOGM",
     "DBMTL",
+    "DWA",
+    "FAMO",
+    "GLS",
+    "IMTL",
     "IMTLG",
+    "IMTLL",
     "METHODS",
     "MGDA",
     "PCD",
     "PIVRG",
+    "SLAW",
+    "STCH",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
     "Constant",
     "DualProj",
+    "EMTLLike",
     "ExcessMTL",
     "FairGrad",
+    "GO4Align",
     "GradDrop",
+    "GradNorm",
     "GradVac",
     "Krum",
     "Mean",
@@ -59,10 +83,12 @@ __all__ = [
     "PCGrad",
     "RandomLossWeighting",
     "SDMGrad",
+    "ScaleInvariant",
     "SolveStatus",
     "Sum",
     "TrimmedMean",
     "UPGrad",
+    "UncertaintyWeighting",
     "Weighting",
     "by_name",
     "methods",
@@ -91,6 +117,19 @@ METHODS: dict[str, type[Weighting]] = {
     "modo": MoDo,
     "cr_mogm": CRMOGM,
     "rlw": RandomLossWeighting,
+    "slaw": SLAW,
+    "famo": FAMO,
+    "uw": UncertaintyWeighting,
+    "imtl_l": IMTLL,
+    "dwa": DWA,
+    "gls": GLS,
+    "si": ScaleInvariant,
+    "bmtl": BMTL,
+    "stch": STCH,
+    "go4align": GO4Align,
+    "imtl": IMTL,
+    "gradnorm": GradNorm,
+    "emtl_like": EMTLLike,
     "graddrop": GradDrop,
     "trimmed_mean": TrimmedMean,
     "moco": MoCo,
