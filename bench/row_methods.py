@@ -1,9 +1,9 @@
 """GradDrop and its like on T x P rows: ``python -m bench.row_methods`` prints two tables.
 
 ``graddrop_`` beside the formula in plain torch, one uniform number a column drawn by torch, and beside
-``combine``, which moves the same bytes; what the methods cost a step. The shortest of rounds in which all take
-turns; ``copy`` is torch's copy of the rows, in the same rounds: its bytes are 2 T P elements, those of the
-others what the operator must move, T P + P.
+``combine``, which moves the same bytes; what the methods cost a step. The shortest of rounds in which all
+take turns; ``copy`` is torch's copy of the rows, in the same rounds: its bytes are 2 T P elements, those of
+the others what the operator must move, T P + P.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flatmtl import ops
 from flatmtl.weighting import DBMTL, ExcessMTL, GradDrop, MoCo, TrimmedMean
 from flatmtl.weighting._rows import RowMethod
 
-ROUNDS = 9
+ROUNDS = 30
 
 
 def in_torch(jac: Tensor) -> Tensor:
