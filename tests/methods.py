@@ -34,6 +34,8 @@ def make(name: str, tasks: int = 4, **options) -> Weighting:
         options.setdefault("weights", torch.arange(1.0, tasks + 1))
     elif name == "krum":
         options.setdefault("byzantine", 0)
+    elif name == "trimmed_mean":
+        options.setdefault("trim", 1)
     elif name in ("imtl", "gradnorm"):
         options.setdefault("tasks", tasks)
     elif name == "cr_mogm":

@@ -14,6 +14,7 @@ from stub_methods import Back, Count, Inverse, Largest, Learned, Momentum, Relat
 from torch import Tensor, nn
 
 import flatmtl
+import flatmtl.interchange
 from flatmtl import SAM, AffinityProbe, Batched, MultiTaskOptimizer, Representation
 from flatmtl.weighting import CRMOGM, MGDA, GradVac, Mean, NashMTL, PCGrad
 
@@ -747,3 +748,9 @@ def test_a_layer_of_a_missing_task_that_another_reaches_is_an_error_not_a_lost_g
     opt.step(lambda: closure(0))
     with pytest.raises(ValueError, match="must keep one role"):
         opt.step(lambda: closure(1))
+
+
+@pytest.mark.parametrize("method", [Inverse(), Relative(), Largest()])
+def test_torchjd_takes_gramians_alone(method):
+    with pytest.raises(TypeError, match="weighting must work on Gram matrices, got"):
+        flatmtl.interchange.to_torchjd(method)

@@ -21,7 +21,7 @@ class GradDrop(RowMethod, Seeded):
 
     Args:
         leak: 0 to 1, one for all tasks or one a task: the part of a task's dropped entries that is
-            added all the same. None: 0, the authors' choice for all tasks (C2).
+            added all the same. None: 0, as in TorchJD and LibMTL (C2).
         seed: of the uniform numbers, drawn on the device (Philox); one draw a call.
 
     Raises:
