@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flatmtl.weighting import _options
-from flatmtl.weighting._base import Weighting
+from flatmtl.weighting._base import Scaling, Weighting
+from flatmtl.weighting._loss import LossWeighting
 
 
 class Learned(Weighting):
@@ -113,3 +114,21 @@ class Learned(Weighting):
     def _take_entries(self, state: dict[str, Any]) -> None:
         super()._take_entries(state)
         self._put(state[self._learned_entry])
+
+
+class LearnedLoss(Learned, LossWeighting):
+    """A loss-space weighting with one learned number s_i a task."""
+
+    state = "learned s [T]"
+
+    _learned_entry = "s"
+
+    def __init__(
+        self,
+        tasks: int,
+        *,
+        init: float | _options.Vector = 0.0,
+        lr: float | None = None,
+        scaling: Scaling = "raw",
+    ) -> None:
+        super().__init__(tasks, init=init, lr=lr, scaling=scaling)
