@@ -16,22 +16,24 @@ _NAMES = ("model", "group", "layer", "parameter")
 
 
 def columns_of(block: Block, group_of: Mapping[int, int]) -> Columns:
-    """The columns of every group that has parameters in the block.
+    """The columns of every group, [] for one that has no parameter in the block.
+
+    A group's place is the same whatever the block holds: what a weighting keeps of it stays its own.
 
     Args:
         block: the parameters.
-        group_of: id(parameter) -> its group; those without one form a group together.
+        group_of: id(parameter) -> its group, from 0; those without one form the last group together.
     """
-    found: dict[int, list[slice]] = {}
+    rest = 1 + max(group_of.values(), default=-1)
+    found: Columns = [[] for _ in range(rest + 1)]
     last: int | None = None
     ends = [*block.offsets[1:], block.size]
     for param, start, end in zip(block.params, block.offsets, ends, strict=True):
-        group = group_of.get(id(param), -1)
-        if group == last:
-            start = found[group].pop().start
-        found.setdefault(group, []).append(slice(start, end))
+        group = group_of.get(id(param), rest)
+        begin = found[group].pop().start if group == last else start
+        found[group].append(slice(begin, end))
         last = group
-    return list(found.values())
+    return found
 
 
 def check_per(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatmtl import ops
 from flatmtl.block import Block
-from flatmtl.buffers import BufferKeeper
+from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
@@ -172,13 +172,16 @@ class Engine:
         assert self.roles is not None
         after: list[Tensor | None] = []
         self.clean_buffers.save()
+        watching = self.options.model is None and not self.watched
         try:
             again = passes.again(self.roles.tasks, None, graph=False, replay=True, last=True)
-            for losses, _ in again:
-                after = losses.detached
+            with watch_for_running_statistics(watching, "looking-back"):
+                for losses, _ in again:
+                    after = losses.detached
         finally:
             self.clean_buffers.restore()
             passes.end()
+        self.watched = True
         seen = self.observed(after, self.roles)
         self.solves.weightings["loss"]._after_step(seen.losses, seen.there)
 
@@ -506,6 +509,11 @@ class Engine:
         )
         return Observed(values, values.isfinite(), lost)
 
+    def learn_from_all(self, roles: Roles) -> None:
+        """What the weighting learns, from the step's added losses where it has several micro-batches."""
+        if self.solves.weightings["loss"].parameters():
+            self.solves.relearn("loss", self.observed(self._losses, roles))
+
     def watch_losses(self) -> None:
         """Has a loss on CUDA that the weighting cannot take raise from a later call."""
         status = self.solves.statuses.get("loss")
@@ -692,8 +700,8 @@ class Engine:
         self.steps = int(state.get("steps", 0))
         self.weights = {}
         self._loaded = state if "tasks" in state else None
-        if self.directions is not None and "directions" in state:
-            self.directions.load_state_dict(state["directions"])
+        if self.directions is not None:
+            self.directions.load_state_dict(state.get("directions", {"generator": None}))
 
     def _take_loaded(self) -> None:
         state, self._loaded = self._loaded, None

@@ -158,10 +158,10 @@ class Families:
             each = self._solve(name, grams, sound.expand(grams.shape[:-1]))
             for k, part in self._parts(block):
                 ops.combine(rows[:, part], each[k], out[part])
-            return Found(each.mean(0), gram=grams.sum(0))
+            return Found(self._mean(each), gram=grams.sum(0))
         gram = None
         if weighting.one_pass:
-            weights = self._of_losses(name)
+            weights = self._of_losses(name, sound)
             gram = self._for_the_record(rows)
         else:
             gram, weights = self._by_gram(name, rows, squares, sound)
@@ -187,7 +187,7 @@ class Families:
         """The weights of the gradients and of the flat parts."""
         weighting = self._solves.weightings["loss"]
         if weighting.one_pass:  # linear, and the same for both
-            weights = self._of_losses("loss")
+            weights = self._of_losses("loss", sound)
             return Found(weights, weights, self._for_the_record(block.jac))
         if weighting.diagonal_only:
             gram, a = self._by_gram("loss", block.jac, squares, sound)
@@ -205,7 +205,13 @@ class Families:
         flats = self._grams(ops.gram_difference, columns, block.sam, block.jac)
         sound = sound.expand(grams.shape[:-1])
         a, b = self._solve("loss", grams, sound), self._solve("flat", flats, sound)
-        return Found(a.mean(0), b.mean(0), grams.sum(0)), a, b
+        return Found(self._mean(a), self._mean(b), grams.sum(0)), a, b
+
+    def _mean(self, weights: Tensor) -> Tensor:
+        """[B, T] -> [T], over the groups that have columns here."""
+        assert self._columns is not None
+        here = [k for k, parts in enumerate(self._columns) if parts]
+        return torch.stack([weights[k] for k in here]).mean(0)
 
     def _rows_and_flat(self, block: Block, sound: Tensor) -> Found:
         """The two aggregates of rows, added. The flat parts' one is left in ``block.kept``."""
@@ -230,22 +236,24 @@ class Families:
     def _solve(self, name: str, gram: Tensor, sound: Tensor) -> Tensor:
         return self._solves(name, gram, sound, self._seen)
 
-    def _of_losses(self, name: str) -> Tensor:
+    def _of_losses(self, name: str, sound: Tensor) -> Tensor:
+        """Weights from the losses; 0 where the gradient is not finite all the same."""
         assert self._seen is not None
-        return self._solves.of_losses(name, self._seen)
+        weights = self._solves.of_losses(name, self._seen)
+        return torch.where(sound.to(weights.device), weights, 0.0)
 
     def _for_the_record(self, rows: Tensor) -> Tensor | None:
         """The Gram matrix where the method does without, but somebody wants to see it."""
         return self.gram(rows) if self._full else None
 
     def _grams(self, op: Callable[..., Tensor], columns: Columns, *rows: Tensor) -> Tensor:
-        """float64 [B, T, T], of each group's columns."""
-        grams = [
-            torch.stack([op(*(r[:, part] for r in rows)) for part in parts]).sum(0)
-            if len(parts) > 1
-            else op(*(r[:, parts[0]] for r in rows))
-            for parts in columns
-        ]
+        """float64 [B, T, T], of each group's columns; zero for a group that has none here."""
+        tasks = rows[0].shape[0]
+        none = torch.zeros(tasks, tasks, dtype=torch.float64, device=rows[0].device)
+        grams = []
+        for parts in columns:
+            found = [op(*(r[:, part] for r in rows)) for part in parts]
+            grams.append(torch.stack(found).sum(0) if len(found) > 1 else (found or [none])[0])
         return self.unscaled(torch.stack(grams))
 
     def _parts(self, block: Block) -> list[tuple[int, slice]]:

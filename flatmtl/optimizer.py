@@ -67,7 +67,8 @@ class MultiTaskOptimizer(Optimizer):
         nonfinite: what a NaN or infinity in a task's gradient does. "raise": FloatingPointError, with
             all parameters as they were. On CUDA, where looking at once would stall the device, the
             task is left out of that step as with "mask" and the error comes from a later call. "mask":
-            the task is left out (weight 0, own parameters' gradient 0); ``last_status()`` tells. "skip":
+            the task is left out (weight 0, own parameters' gradient 0); ``last_status()`` tells. (Where a
+            step is one backward pass for all tasks, it takes the shared parameters' step with it.) "skip":
             the step changes nothing (this reads a flag from the device unless the base optimizer takes
             ``found_inf`` itself, as the fused ones do, and nothing is counted: no interval, warm-up or
             SAMO). Under a GradScaler it is always "skip".
@@ -205,10 +206,10 @@ class MultiTaskOptimizer(Optimizer):
             history=check_whole("history", history, 0),
             strategy=strategy,
         )
-        self._add_learned()
         self._shared = named_shared(shared, self._all_params(), self._label)
         self._per = check_per(weights_per, self._all_params(), model, self._label)
         self._start_anew()
+        self._add_learned()  # nothing above has changed the base optimizer, should it have raised
         for group in self.param_groups:
             self._default_radii(group)
 
@@ -232,19 +233,20 @@ class MultiTaskOptimizer(Optimizer):
         """Puts what the weightings learn into a parameter group each, where the caller has not."""
         groups = self.base_optimizer.param_groups
         known = {id(p) for group in groups for p in group["params"]}
-        device = groups[0]["params"][0].device
         for weighting in self._weightings():
             learned = weighting.parameters()
             if not learned or all(id(p) in known for p in learned):
                 continue
             for param in learned:
-                param.data = param.data.to(device)
+                param.data = param.data.to(self._all_params()[0].device)
             group: dict[str, Any] = {"params": learned}
             lr = getattr(weighting, "lr", None)
             if lr is not None:
                 group["lr"] = lr
             if "weight_decay" in self.base_optimizer.defaults:
                 group["weight_decay"] = 0.0  # a weight has no reason to tend to 0
+            if "maximize" in self.base_optimizer.defaults:
+                group["maximize"] = False  # its gradient is that of something to be made small
             self.base_optimizer.add_param_group(group)
 
     # a weighting's name in an engine -> in a state dict
@@ -393,7 +395,7 @@ class MultiTaskOptimizer(Optimizer):
         if set_to_none:
             self.base_optimizer.zero_grad(set_to_none=True)
             return
-        for param in self._all_params():
+        for param in (p for group in self.param_groups for p in group["params"]):
             if param.grad is not None:
                 # a view of the update buffer would stay a view: gradients of other code add to it
                 param.grad = torch.zeros_like(param.grad)
@@ -574,6 +576,11 @@ def _check_method(
             f"{'free' if weighting.one_pass else 'of no use at other steps'}, got {every}"
         )
     grouped = not (isinstance(per, str) and per == "model")
+    if grouped and isinstance(sharpness, SAM) and sharpness.aggregate in ("second", "each"):
+        raise ValueError(
+            "sharpness must aggregate 'decomposed' or 'direct' with weights_per, got "
+            f"{sharpness.aggregate!r}"
+        )
     if every > 1 and grouped:
         raise ValueError(
             "weights_every must be 1 with weights_per: one backward pass has one weight a task, got "

@@ -34,9 +34,11 @@ class PopArt(nn.Module):
     (momentum, Adam's moments) is not rescaled: while sigma moves much, at first, it is of another scale.
 
     The averages are corrected for their start as Adam's are: the first update takes over the batch's
-    moments, and early ones are about the mean over all batches so far. The output is kept at the first one
-    too: with targets of 300 +- 10 the head then has a bias of -30 to unlearn. ``start`` sets mu and sigma
-    from targets at hand and leaves an untrained head alone.
+    moments, and early ones are about the mean over all batches so far. The first update of an output leaves
+    the head as it is: rescaled to keep what an untrained head says, it would begin far from where it was
+    made to begin (by 1/sigma: a million times for targets of 1e-6). ``trained=True`` is for a head that was
+    trained on the targets in their unit: it keeps its answers from the first update on. ``start`` sets mu and
+    sigma from all targets at hand.
 
     A label that is not finite (NaN) is missing: moments are over the others, and an output without any
     stays as it is. Statistics are float64 whatever the module is cast to. The variance v = nu - mu^2 itself
@@ -50,6 +52,8 @@ class PopArt(nn.Module):
         least: sigma is at least this, in the targets' unit.
         most: sigma is at most this. The papers' code has 1e-4 and 1e6 (from memory); wider here, for units
             in which the targets are small or large. Labels that were all the same have no sigma: it is 1.
+        trained: whether the head's answers before the first update are in the targets' unit, and are to be
+            kept at it.
 
     Attributes:
         linear: the head.
@@ -70,7 +74,13 @@ class PopArt(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, linear: nn.Linear, beta: float = 3e-4, *, least: float = 1e-8, most: float = 1e8
+        self,
+        linear: nn.Linear,
+        beta: float = 3e-4,
+        *,
+        least: float = 1e-8,
+        most: float = 1e8,
+        trained: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(linear, nn.Linear):
@@ -85,6 +95,9 @@ class PopArt(nn.Module):
         self.beta = _options.real("beta", beta, above=0, at_most=1)
         self.least = _options.real("least", least, above=0)
         self.most = _options.real("most", most, at_least=self.least)
+        if not isinstance(trained, bool):
+            raise TypeError(f"trained must be True or False, got {trained!r}")
+        self.trained = trained
         zeros = torch.zeros(linear.out_features, dtype=torch.float64, device=linear.weight.device)
         for name in _STATISTICS:
             start = torch.ones_like(zeros) if name == "scale" else zeros.clone()
@@ -128,7 +141,8 @@ class PopArt(nn.Module):
     def update(self, targets: Tensor) -> None:
         """Follows the targets of a batch and rescales the head, whose answers in their unit stay.
 
-        Nothing is read on the host.
+        (At an output's first targets the head stays instead, unless it is ``trained``.) Nothing is read on
+        the host.
 
         Args:
             targets: [..., outputs], in their own unit; what is not finite is missing.
@@ -137,6 +151,7 @@ class PopArt(nn.Module):
             TypeError, ValueError: ``targets`` does not fit.
         """
         present, mean, variance = self._moments(targets)
+        first = present & (self.filled == 0)
         filled = self.filled + self.beta * (1.0 - self.filled)
         rate = self.beta / filled
         move = mean - self.mean
@@ -144,6 +159,8 @@ class PopArt(nn.Module):
         self.mean.copy_(torch.where(present, self.mean + rate * move, self.mean))
         self.variance.copy_(torch.where(present, spread, self.variance))
         self.filled.copy_(torch.where(present, filled, self.filled))
+        if not self.trained:
+            self._adopt(first)
         self._rescale()
 
     @torch.no_grad()
@@ -163,8 +180,12 @@ class PopArt(nn.Module):
         self.mean.copy_(torch.where(present, mean, self.mean))
         self.variance.copy_(torch.where(present, variance, self.variance))
         self.filled.masked_fill_(present, 1.0)
-        self.shift.copy_(torch.where(present, self.mean, self.shift))
-        self.scale.copy_(torch.where(present, self._sigma(), self.scale))
+        self._adopt(present)
+
+    def _adopt(self, chosen: Tensor) -> None:
+        """mu and sigma of these outputs [outputs] become the head's, which stays as it is."""
+        self.shift.copy_(torch.where(chosen, self.mean, self.shift))
+        self.scale.copy_(torch.where(chosen, self._sigma(), self.scale))
 
     def _moments(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For each output: whether it has a label, their mean and their variance; [outputs]."""
@@ -197,7 +218,8 @@ class PopArt(nn.Module):
         scale = torch.where(far, sigma, self.scale)
         shift = torch.where(far, self.mean, self.shift)
         weight.copy_(weight.double() * (self.scale / scale).unsqueeze(1))
-        bias.copy_((self.scale * bias.double() + (self.shift - shift)) / scale)
+        moved = (self.scale * bias.double() + (self.shift - shift)) / scale
+        bias.copy_(torch.where(far, moved, bias.double()))
         self.scale.copy_(scale)
         self.shift.copy_(shift)
 
@@ -222,7 +244,7 @@ class PopArt(nn.Module):
 
     def extra_repr(self) -> str:
         """The options."""
-        return f"beta={self.beta}, least={self.least}, most={self.most}"
+        return f"beta={self.beta}, least={self.least}, most={self.most}, trained={self.trained}"
 
 
 def _at_least_single(value: Tensor) -> torch.dtype:

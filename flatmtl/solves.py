@@ -56,6 +56,8 @@ class Solves:
                 state.copy_(copy)
         self._before = {}
         self.learned = {}
+        for weighting in self.weightings.values():
+            weighting._undone()
 
     def made(self, ok: Tensor | None) -> None:
         """The step was made (unless ``ok``, bool 0-dim, is false on the device): states stay."""
@@ -94,15 +96,17 @@ class Solves:
         return weights
 
     def of_losses(self, name: str, seen: Observed) -> Tensor:
-        """float64 [T], the weights by a weighting of one backward pass; its gradients add up in a step."""
+        """float64 [T], the weights by a weighting of one backward pass."""
         self._keep(name, seen.losses)
         weights = self.weightings[name]._at_step(None, seen.losses, seen.there)
-        before = self.learned.get(name)
         self._note(name)
-        if before:
-            added = zip(before, self.learned[name], strict=True)
-            self.learned[name] = [a + b for a, b in added]
         return weights
+
+    def relearn(self, name: str, seen: Observed) -> None:
+        """What is learned, from the losses of the whole step in place of the last micro-batch's."""
+        weighting = self.weightings[name]
+        weighting._relearn(seen.losses, seen.there)
+        self.learned[name] = weighting._gradients()
 
     def of_rows(
         self,

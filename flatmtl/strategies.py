@@ -18,9 +18,10 @@ class MAML:
 
     For task i, over the shared parameters and task i's own ones together: theta_i' = theta - lr grad
     L_i(theta), and s_i = grad L_i(theta_i'), of query data if the closure has an argument ``query``: it is
-    then called with ``query=True`` for these passes. One without it uses the same batch for both. The
-    weighting aggregates the s_i of the shared parameters (``Sum()`` is the paper's); a task's own ones get
-    its own s_i. The losses that a step returns are those at theta.
+    then called with ``query=True`` for these passes. One without it (``**options`` are none) uses the same
+    batch for both. A parameter that no task reaches at theta gets no gradient. The weighting aggregates the
+    s_i of the shared parameters (``Sum()`` is the paper's); a task's own ones get its own s_i. The losses
+    that a step returns are those at theta.
 
     A step is 1 forward and T backwards, then T forwards and T backwards. The full form has T more forwards
     and 2T more backwards, T of them through the graph of the others.
@@ -52,11 +53,11 @@ SubModels = Sequence[Iterable[Tensor]] | Mapping[TaskName, Iterable[Tensor]]
 class CoopFlat:
     """``coop_flat``: sub-models in turn, each robust to noise on the others. A reconstruction.
 
-    It stands in for Wu et al., "Searching for Flat Minima" (arXiv 2309.12090), of which the abstract alone
-    was read: the sub-model of each task is updated alternately, with the learned sub-models of the others,
-    and flat minima are sought with regard to features from other tasks. The formula is this project's, not
-    the paper's; uniform noise within 0.01, two draws a step, is what a public code for flat minima in another
-    field does (F2M).
+    It stands in for Wu et al., "Multi-Task Cooperative Learning via Searching for Flat Minima" (arXiv
+    2309.12090), of which the abstract alone was read: the sub-model of each task is updated alternately, with
+    the learned sub-models of the others, and flat minima are sought with regard to features from other
+    tasks. The formula is this project's, not the paper's; uniform noise within 0.01, two draws a step, is
+    what a public code for flat minima in another field does (F2M).
 
     Step n is the turn of task i = n // steps mod T. Its sub-model theta_i, and the parameters that are in no
     sub-model, get grad mean_m L_i(theta_i; theta_-i + eps_m), eps_m ~ U(-bound, bound) element by element on

@@ -63,7 +63,8 @@ def raise_invalid_loss(method: str) -> Act:
     def act(sound: list[bool]) -> None:
         if not all(sound):
             raise ValueError(
-                f"losses must be above 0 for {method}, got one that is not; its task was left out"
+                f"losses must be of the range that {method} takes (above 0; GradNorm: from 0 on), got one "
+                "that is not; its task was left out"
             )
 
     return act

@@ -51,6 +51,9 @@ class Learned(LossWeighting):
         self._slopes = [slope if there is None else torch.where(there, slope, 0.0)]
         return weights
 
+    def _relearn(self, losses: Tensor, there: Tensor | None) -> None:
+        self._weigh(losses, there)
+
     def state_dict(self):
         return {"s": self.s.detach().clone()}
 

@@ -204,3 +204,53 @@ def test_micro_batches_and_history(name, rng):
     seen = opt.history.arrays()
     assert seen["losses"].shape == (2, TASKS)
     assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", [*LOSS, "rlw"])
+def test_a_method_of_losses_takes_no_gradient_pass_more(name, rng, monkeypatch):
+    xs = batches(rng, 3)
+    net, opt = fresh(name)
+    passes, forwards = [], []
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(1) or real(*a, **k))
+
+    def closure(x):
+        forwards.append(1)
+        return net.losses(x)
+
+    for x in xs:
+        opt.step(lambda x=x: closure(x))
+    assert len(passes) == 3
+    assert len(forwards) == (6 if name == "famo" else 3)
+
+
+@pytest.mark.parametrize("name", ["famo", "slaw", "uw"])
+def test_a_fused_optimizer_that_skips(name, rng):
+    """The host learns of the skip where something is counted on it."""
+    xs = batches(rng, 2)
+    net = Net()
+    base = torch.optim.Adam(net.parameters(), lr=0.02, fused=True)
+    opt = MultiTaskOptimizer(base, weighting=make(name, TASKS), model=net, nonfinite="skip")
+    run(net, opt, xs)
+    before = everything(net, opt)
+    opt.step(lambda: [net.losses(xs[0])[0] * math.nan, *net.losses(xs[0])[1:]])
+    assert_same(before, everything(net, opt))
+
+
+@pytest.mark.parametrize("name", ["imtl", "gradnorm"])
+def test_fewer_solves_and_fewer_sharp_steps(name, rng):
+    """Own parameters are weighted alike at every kind of step: at a constant batch and lr 0 they agree."""
+    x = batches(rng, 1)[0]
+    grads = []
+    for options in ({}, {"weights_every": 3}, {"sharpness": SAM(1e-9)},
+                    {"sharpness": SAM(1e-9), "weights_every": 3},
+                    {"sharpness": SAM(1e-9, every=2), "weights_every": 3}):  # fmt: skip
+        net = Net()
+        base = torch.optim.SGD(net.parameters(), lr=0.0)
+        method = make(name, TASKS, lr=0.0)
+        opt = MultiTaskOptimizer(base, weighting=method, model=net, **options)
+        for _ in range(2):
+            opt.step(lambda net=net: net.losses(x))
+        grads.append(torch.cat([p.grad.flatten() for h in net.heads for p in h.parameters()]))
+    for other in grads[1:]:
+        torch.testing.assert_close(grads[0], other, rtol=1e-5, atol=1e-7)

@@ -831,3 +831,19 @@ def test_the_last_status_is_not_copied(rng):
         with pytest.raises(RuntimeError):
             copy.deepcopy(weighting).last_status()
         assert isinstance(weighting, Weighting)
+
+
+def test_gradnorm_in_a_loop_without_the_optimizer(rng):
+    w = GradNorm(tasks=2, lr=0.3)
+    opt = torch.optim.SGD(w.parameters(), lr=0.3)
+    gram = torch.tensor([[100.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    for _ in range(5):
+        opt.zero_grad()
+        w(gram, torch.tensor([1.0, 1.0]))
+        w.accumulate()
+        opt.step()
+        w.update()
+        values = w.parameters()[0].detach()
+        assert float(values.sum()) == pytest.approx(2) and bool((values > 0).all())
+    assert values[0] < values[1]
+    w.load_state_dict(w.state_dict())

@@ -53,7 +53,7 @@ RESOLUTION = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.bfloat16: 7.9
 @pytest.mark.parametrize("dtype", list(RESOLUTION), ids=str)
 def test_the_output_stays(dtype, scale, rng, device):
     """sigma (W x + b) + mu before and after, computed in float64 from the parameters."""
-    popart = head(rng, dtype=dtype, device=device, beta=0.3, least=1e-12, most=1e12)
+    popart = head(rng, dtype=dtype, device=device, beta=0.3, least=1e-12, most=1e12, trained=True)
     x = rng.standard_normal((20, 6))
 
     def parts():
@@ -348,9 +348,6 @@ def test_update_before_a_sharp_step(rng):
     targets, heads = [], []
     for popart, target in zip(by_hand.heads, y):
         sigma, mu = target.std(correction=0), target.mean()
-        with torch.no_grad():
-            popart.linear.weight /= sigma
-            popart.linear.bias.copy_((popart.linear.bias - mu) / sigma)
         targets.append((target - mu) / sigma)
         heads.append(popart.linear)
     sharp(by_hand).step(
@@ -400,3 +397,40 @@ def test_scales_far_apart_train_alike(sharpness, rng):
     assert (with_it < 0.3).all(), with_it
     assert 0.2 < with_it[0] / with_it[1] < 5.0, with_it
     assert trained(30, False)[1] > 0.9
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_first_update_of_an_untrained_head_leaves_it(trained, rng):
+    popart = head(rng, trained=trained)
+    before = [p.detach().clone() for p in popart.linear.parameters()]
+    y = torch.from_numpy(1e-6 * rng.standard_normal((16, 3)) + 1e-5)
+    y[:, 2] = torch.nan  # its first labels come later
+    popart.update(y)
+    kept = [
+        torch.equal(a[:2], b[:2]) for a, b in zip(before, popart.linear.parameters(), strict=True)
+    ]
+    assert kept == [not trained] * 2
+    assert popart.scale[0] < 1e-5 and popart.scale[2] == 1
+    middle = [p.detach().clone() for p in popart.linear.parameters()]
+    popart.update(2 * y.nan_to_num(nan=1.0) + torch.from_numpy(1e-6 * rng.standard_normal((16, 3))))
+    same = [
+        torch.equal(a[2], b[2]) for a, b in zip(middle, popart.linear.parameters(), strict=True)
+    ]
+    assert same == [not trained] * 2  # the third output's first
+    assert not torch.equal(middle[0][0], popart.linear.weight[0])  # the first one's second
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1.0, 1e5])
+def test_any_unit_trains_alike(scale, rng):
+    torch.manual_seed(0)
+    x = torch.from_numpy(rng.standard_normal((64, 4)))
+    y = scale * (x @ torch.from_numpy(rng.standard_normal((4, 1))) + 2)
+    popart = PopArt(nn.Linear(4, 1).double())
+    adam = torch.optim.Adam(popart.parameters(), lr=0.05)
+    for _ in range(200):
+        popart.update(y)
+        adam.zero_grad()
+        (popart(x) - popart.normalize(y)).square().mean().backward()
+        adam.step()
+    error = (popart.denormalize(popart(x)) - y).square().mean() / y.var()
+    assert float(error) < 0.05

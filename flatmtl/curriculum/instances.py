@@ -117,7 +117,8 @@ def labels(
     values = given.cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
     if values.dtype == object:  # a column of strings in pandas
         values = np.asarray(values.tolist())
-    if values.ndim != 1 or (values.size and values.dtype.kind not in "iuU"):
+    missing = values.dtype.kind == "U" and any(isinstance(name, float) for name in given)
+    if missing or values.ndim != 1 or (values.size and values.dtype.kind not in "iuU"):
         raise ValueError(
             "tasks must have the name of a task, all ints or all strings, for each sample, got "
             f"{values.dtype} of shape {list(values.shape)}"

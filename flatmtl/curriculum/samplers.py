@@ -88,15 +88,10 @@ class TaskOrderSampler(_EpochSampler):
             a batch then has none.
         seed: of the shuffling.
 
-    Attributes:
-        schedule: the task of each batch of an epoch, the same in all epochs.
-
     Raises:
         ValueError: an argument is not as above, a sample's task is not in the order, a task of the order
             has no sample in ``tasks``, or instances are out of range or come twice.
     """
-
-    schedule: list[TaskName]
 
     def __init__(
         self,
@@ -127,7 +122,12 @@ class TaskOrderSampler(_EpochSampler):
             for batch in range(count * r // self.rounds, count * (r + 1) // self.rounds)
         ]
         shown = order.order if isinstance(order, TaskOrder) else names
-        self.schedule = [shown[t] for t, _ in self._plan]
+        self._schedule = [shown[t] for t, _ in self._plan]
+
+    @property
+    def schedule(self) -> list[TaskName]:
+        """The task of each batch of the epoch, from ``first`` (``set_epoch``) on."""
+        return self._schedule[self._first :]
 
     def _total(self) -> int:
         return len(self._plan)

@@ -33,11 +33,19 @@ def coop(engine: Engine, strategy: CoopFlat, passes: Passes, scale: Tensor | Non
                 turn.add(losses, turn.task)
     assert turn is not None
     roles, task = turn.roles, turn.task
+    if scale is not None and not turn.present:
+        raise ValueError(
+            f"losses must hold that of task {roles.tasks[task]!r}, whose turn it is, with a GradScaler, "
+            "which cannot step without a gradient, got None"
+        )
     after: list[Tensor | None] = [None] * len(roles.tasks)
     if turn.present and strategy.draws:
         stream = engine.directions
         assert stream is not None
         others = [block for owner, block in roles.own.items() if owner != task]
+        for block in others:  # their .grad views the buffer that the noise goes to
+            for param in block.params:
+                param.grad = None
 
         def perturbed() -> None:
             for _ in range(strategy.draws):

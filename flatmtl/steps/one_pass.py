@@ -56,6 +56,7 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
         engine.lost.update(lost)
     known = engine.roles
     assert known is not None
+    engine.learn_from_all(known)
     assert isinstance(engine.capture, WeightedBackward)
     roles, backward = known, engine.capture
     finite = engine.finite_tasks(roles, backward.shared_norm(), backward.own_sq)

@@ -49,11 +49,12 @@ def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> 
     after, norms = perturbed_passes(engine, passes, roles, mean.present, move, scale)
     finite = with_perturbed(roles, finite, norms)
     engine.check_finite(roles, finite, scale)
-    found = None
+    found = own = None
     if roles.shared is not None:
         found = engine.families(scale).direct(roles.shared, finite)
+        own = engine.own_weights(found)
     for task in mean.own_sq:
-        roles.own[task].update.copy_(roles.own[task].sam[0])
+        engine.own_update(task, roles.own[task].sam[0], own)
     engine.write_grads(roles, mean.reached, set(mean.own_sq), finite)
     squares = roles.per_task({task: rows[0] for task, rows in norms.items()})
     engine.record(roles, found, squares, scale, after)

@@ -177,6 +177,12 @@ class Weighting:
     def _after_step(self, losses: Tensor, there: Tensor | None) -> None:
         """Takes the losses of the same batch after the step (``looks_back``), as in ``_at_step``."""
 
+    def _undone(self) -> None:
+        """The step is not made: what a call has left for ``_made`` is forgotten."""
+
+    def _relearn(self, losses: Tensor, there: Tensor | None) -> None:
+        """The gradients of ``parameters()`` at the losses of the whole step, its micro-batches added up."""
+
     def _made(self, ok: Tensor | None) -> None:
         """The optimizer has made the step (``ok``, bool 0-dim: unless that is false on the device)."""
 

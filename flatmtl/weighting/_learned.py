@@ -132,3 +132,12 @@ class LearnedLoss(Learned, LossWeighting):
         scaling: Scaling = "raw",
     ) -> None:
         super().__init__(tasks, init=init, lr=lr, scaling=scaling)
+
+    def _total_slope(self, s: Tensor, losses: Tensor) -> Tensor:
+        """The gradient [T] of the method's total with respect to s."""
+        raise NotImplementedError
+
+    def _relearn(self, losses: Tensor, there: Tensor | None) -> None:
+        if there is not None:
+            losses = torch.where(there, losses, 1.0)
+        self._learn(self._total_slope(self._learned_for(losses), losses), there)

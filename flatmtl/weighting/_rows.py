@@ -119,6 +119,10 @@ class RowState(RowMethod):
             self._held.copy_(torch.where(ok.to(self._held.device), self._next, self._held))
         self._pending = False
 
+    def _undone(self) -> None:
+        super()._undone()
+        self._pending = False
+
     def reset(self) -> None:
         """Back to the state before the first step."""
         super().reset()

@@ -130,6 +130,17 @@ class GradNorm(Learned, Stateful, WithLosses):
             self.learned.copy_(torch.where(taken, moved * (room / moved.sum()), self._before))
         self._pending = False
 
+    def update(self) -> None:
+        """Ends a step of w in a loop without ``MultiTaskOptimizer``: call it after the optimizer's step.
+
+        w is then at least 1e-4 and sums to T.
+        """
+        self._made(None)
+
+    def _undone(self) -> None:
+        super()._undone()
+        self._pending = False
+
     def reset(self) -> None:
         """Back to the state before the first call, in place; a base optimizer's momentum stays."""
         super().reset()

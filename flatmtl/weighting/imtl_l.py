@@ -27,6 +27,9 @@ class IMTLL(LearnedLoss):
     year = 2021
 
     def _weigh(self, losses: Tensor, there: Tensor | None) -> Tensor:
-        weights = self._learned_for(losses).exp()
-        self._learn((weights * losses).sub_(1.0), there)
-        return weights
+        s = self._learned_for(losses)
+        self._learn(self._total_slope(s, losses), there)
+        return s.exp()
+
+    def _total_slope(self, s: Tensor, losses: Tensor) -> Tensor:
+        return s.exp().mul_(losses).sub_(1.0)

@@ -28,6 +28,9 @@ class UncertaintyWeighting(LearnedLoss):
     year = 2018
 
     def _weigh(self, losses: Tensor, there: Tensor | None) -> Tensor:
-        weights = self._learned_for(losses).neg().exp_().mul_(0.5)
-        self._learn((weights * losses).neg_().add_(0.5), there)
-        return weights
+        s = self._learned_for(losses)
+        self._learn(self._total_slope(s, losses), there)
+        return s.neg().exp_().mul_(0.5)
+
+    def _total_slope(self, s: Tensor, losses: Tensor) -> Tensor:
+        return s.neg().exp_().mul_(losses).sub_(1.0).mul_(-0.5)
