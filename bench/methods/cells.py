@@ -1,0 +1,128 @@
+"""Cells: one training each. What there is, its key and fingerprint, and the training itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import flatmtl
+from bench.methods.data import Data
+from bench.methods.nets import Network, metrics
+from bench.methods.settings import VERSION, Setting
+from examples.many_networks import adam, batches
+from flatmtl.weighting import METHODS as KNOWN
+from flatmtl.weighting import Weighting, by_name
+
+SINGLE = "single"  # a network of its own for every task: what Delta_m compares with
+
+#: label -> a seed's weighting. A method more is a line more; those that flatmtl lacks are left out.
+TABLE: dict[str, Callable[[int], Weighting]] = {
+    "mean": lambda seed: by_name("mean"),
+    "rlw": lambda seed: by_name("rlw", seed=seed),
+    "pcgrad": lambda seed: by_name("pcgrad", seed=seed),
+    "gradvac": lambda seed: by_name("gradvac", seed=seed),
+    "mgda": lambda seed: by_name("mgda"),
+    "cagrad": lambda seed: by_name("cagrad"),
+    "nash_mtl": lambda seed: by_name("nash_mtl"),
+    "fairgrad": lambda seed: by_name("fairgrad"),
+    "imtl_g": lambda seed: by_name("imtl_g"),
+    "aligned_mtl": lambda seed: by_name("aligned_mtl"),
+    "upgrad": lambda seed: by_name("upgrad"),
+    "config": lambda seed: by_name("config"),
+}
+METHODS = [label for label in TABLE if label in KNOWN]
+
+PLAIN, DECOMPOSED, DIRECT = "plain", "sam", "sam_direct"
+SHARPNESS = PLAIN, DECOMPOSED, DIRECT
+#: methods that are also run with SAM aggregated directly
+COMPARED_DIRECT = ("mean", "pcgrad", "cagrad", "imtl_g")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a data set, a method, a kind of sharpness, a seed."""
+
+    dataset: str
+    method: str
+    sharpness: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name in files."""
+        return f"{self.dataset}-{self.method}-{self.sharpness}-{self.seed}"
+
+
+def all_cells(datasets: Sequence[str], methods: Sequence[str], seeds: int) -> list[Cell]:
+    """Every cell, the seeds outermost: what is done after any time is a comparison."""
+    return [
+        Cell(dataset, method, sharpness, seed)
+        for seed in range(seeds)
+        for dataset in datasets
+        for method in (SINGLE, *methods)
+        for sharpness in SHARPNESS
+        if sharpness != DIRECT or method in COMPARED_DIRECT
+    ]
+
+
+def fingerprint(cell: Cell, setting: Setting, checksum: int) -> str:
+    """Of all that a cell's result follows from, but for the code: that has ``VERSION``."""
+    about: dict[str, Any] = {**asdict(cell), **asdict(setting), "data": checksum, "v": VERSION}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def make_optimizer(
+    model: Network, base: torch.optim.Optimizer, cell: Cell, rho: float
+) -> flatmtl.MultiTaskOptimizer:
+    """The optimizer of a cell."""
+    label = "mean" if cell.method == SINGLE else cell.method
+    sharpness = None
+    if cell.sharpness != PLAIN:
+        aggregate = "direct" if cell.sharpness == DIRECT else "decomposed"
+        sharpness = flatmtl.SAM(rho, aggregate=aggregate)
+    return flatmtl.MultiTaskOptimizer(
+        base, weighting=TABLE[label](cell.seed), sharpness=sharpness, model=model
+    )
+
+
+def train(data: Data, setting: Setting, cell: Cell) -> dict[str, list[float]]:
+    """The metrics of a cell's tasks after its last step: part of the data -> [T]."""
+    everyone = list(range(len(data.tasks)))
+    groups = [[task] for task in everyone] if cell.method == SINGLE else [everyone]
+    found: dict[str, list[float]] = {"validation": [], "test": []}
+    for tasks in groups:
+        model = _trained(data, setting, cell, tasks)
+        found["validation"] += metrics(model, data.validation, data, tasks)
+        found["test"] += metrics(model, data.test, data, tasks)
+    return found
+
+
+def _trained(data: Data, setting: Setting, cell: Cell, tasks: list[int]) -> Network:
+    # First weights and batches depend on the seed alone: methods of a seed are compared in pairs.
+    torch.manual_seed(cell.seed)
+    model = Network(data, setting.width)
+    base, schedule = adam(model, setting.lr, setting.steps)
+    optimizer = make_optimizer(model, base, cell, setting.rho)
+    rows = torch.arange(len(data.train.x)).numpy()
+    for epoch in batches(rows, setting.batch, setting.epochs, cell.seed):
+        for batch in epoch:
+            optimizer.step(partial(closure, model, data.train.x[batch], data.train.y[batch], tasks))
+            schedule.step()
+    return model
+
+
+def closure(
+    model: Network,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    everyone: list[int],
+    tasks: Sequence[int] | None = None,
+) -> list[torch.Tensor | None]:
+    """What a step calls, its first arguments bound: ``tasks`` are positions in ``everyone``."""
+    return model.losses(x, y, everyone if tasks is None else [everyone[task] for task in tasks])
