@@ -97,6 +97,10 @@ class Block:
             self.offsets.append(size)
             size += -(-param.numel() // step) * step
         self.size = size
+        #: of every parameter its id, where it begins in a row and its length
+        self.layout = tuple(
+            (id(p), start, p.numel()) for p, start in zip(params, self.offsets, strict=True)
+        )
         self._scaled = len(params) - exempt  # the first so many take part in the adaptive scaling
         self._cut = self.offsets[self._scaled] if exempt else size
         self._like = first.detach()

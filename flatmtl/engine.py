@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from flatmtl import ops
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper
+from flatmtl.columns import Columns, columns_of
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, Capture, Captured, Jacobian
 from flatmtl.losses import TaskLosses, added_entries, loss_vector
+from flatmtl.ops._status import INVALID_LOSS
 from flatmtl.passes import Passes
 from flatmtl.radius import RadiusWatch
 from flatmtl.replay import Generators, Replay
@@ -26,14 +29,15 @@ from flatmtl.representation import Representation
 from flatmtl.resume import load_roles, save_roles
 from flatmtl.roles import Layout, Roles
 from flatmtl.sharpness import SAM, SAMO, Radii, Sharpness, exempt_from_scaling
-from flatmtl.solves import Solves
+from flatmtl.solves import Observed, Solves
 from flatmtl.spsa import Directions
 from flatmtl.steps.between import weighted, weighted_sharp
+from flatmtl.steps.one_pass import one_pass
 from flatmtl.steps.plain import plain
 from flatmtl.steps.represented import represented
 from flatmtl.steps.samo import samo
 from flatmtl.steps.sharp import sharp
-from flatmtl.watch import Watch, outside, raise_nonfinite
+from flatmtl.watch import Watch, outside, raise_invalid_loss, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
 
 if TYPE_CHECKING:
@@ -73,6 +77,7 @@ class Engine:
         running: whether passes are being run.
         watched: a perturbed pass has been watched for layers that update running statistics.
         meters: measure affinities at the steps that have task gradients.
+        lost: tasks of this step whose loss was not finite, left out of the one backward pass.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Engine:
         params: Callable[[], list[Tensor]],
         named: Sequence[Tensor] | None,
         label: Callable[[Tensor], str],
+        groups: Callable[[], dict[int, int]] | None = None,
     ) -> None:
         self.options = options
         self.solves = solves
@@ -115,6 +121,12 @@ class Engine:
         # parameters, the .grad they were given, and its version
         self._written: list[tuple[Tensor, Tensor, int]] = []
         self._losses: list[Tensor | None] = []  # the clean ones of this step
+        self.lost: set[int] = set()
+        self._groups = groups  # id(parameter) -> its group, where groups have weights of their own
+        self._columns: tuple[Block, Columns] | None = None
+        self._to_look_back: list[
+            Passes
+        ] = []  # of this step, where their losses after it are wanted
         self._loaded: dict[str, Any] | None = None  # a state that waits for the parameters' roles
 
     # ------------------------------------------------------------ the life of a step
@@ -144,13 +156,34 @@ class Engine:
             self.history.record(**self._record_args)
         for meter in self.meters:
             meter.made(self.ok)
-        self.solves.made()
+        self.solves.made(self.ok)
+        behind, self._to_look_back = self._to_look_back, []
         self._close()
         self.steps += 1
+        if behind:
+            self._look_back(behind)
+
+    def _look_back(self, passes: Sequence[Passes]) -> None:
+        """Hands the losses after the step to the weighting: the closures run again, without gradients."""
+        assert self.roles is not None
+        after: list[Tensor | None] = []
+        self.clean_buffers.save()
+        try:
+            for one in passes:
+                for losses, _ in one.again(self.roles.tasks, None, graph=False, replay=True):
+                    after = added_entries(after, losses.detached)
+        finally:
+            self.clean_buffers.restore()
+            for one in passes:
+                one.end()
+        seen = self.observed(after, self.roles)
+        self.solves.weightings["loss"]._after_step(seen.losses, seen.there)
 
     def _close(self) -> None:
         self._open = self._begun = self._guarded = False
         self.capture = self.ok = self.scale = self._record_args = None
+        self.lost = set()
+        self._to_look_back = []
 
     @property
     def counts(self) -> bool:
@@ -158,6 +191,7 @@ class Engine:
         sharpness, options = self.options.sharpness, self.options
         return (
             options.weights_every > 1
+            or self._looks_back
             or isinstance(sharpness, SAMO)
             or (isinstance(sharpness, SAM) and (sharpness.every > 1 or sharpness.warmup > 0))
         )
@@ -197,8 +231,14 @@ class Engine:
         radii = None if sharpness is None else Radii(sharpness, groups, self.steps)
         exact = any(meter.options.mode == "exact" for meter in self._due())
         replaying = self.options.replay_rng and bool(radii)
-        replay = Replay(self._generators()) if replaying or exact else None
+        looking = self._looks_back
+        replay = Replay(self._generators()) if replaying or exact or looking else None
         passes = Passes(given, replay, replaying)
+        if looking and not passes.repeatable:
+            raise ValueError(
+                "losses must be a closure (or a list of them) with a weighting that wants the losses "
+                "after the step too: it runs them again"
+            )
         if sharpness is not None and not passes.repeatable:
             raise ValueError(
                 "losses must be a closure (or a list of them) with sharpness: it runs several passes"
@@ -217,9 +257,9 @@ class Engine:
             raise RuntimeError(
                 "backward must be given the scaler for every micro-batch of a step, or none"
             )
-        if more:
+        if more and not self.solves.weightings["loss"].one_pass:
             self.solves.undo()
-        else:
+        elif not more:
             self.drop()
             self.solves.begin()
             if self.directions is not None:
@@ -247,8 +287,14 @@ class Engine:
             self.solves.undo_unless(self.ok)
             if guarded:
                 self._before.undo_unless(self.ok)
+        if looking:
+            self._to_look_back.append(passes)
         self._open = True
         return passes
+
+    @property
+    def _looks_back(self) -> bool:
+        return self.solves.weightings["loss"].looks_back
 
     def _generators(self) -> Generators:
         return Generators({p.device for p in self._params()})
@@ -270,7 +316,9 @@ class Engine:
         reuse = not due and self.roles is not None and needed <= self.weights.keys()
         if self.capture is not None:  # a step stays of the kind that it began as
             reuse = isinstance(self.capture, WeightedBackward)
-        if apart and reuse:
+        if apart and self.solves.weightings["loss"].one_pass:
+            one_pass(self, passes, scale)
+        elif apart and reuse:
             weighted(self, passes, scale)
         elif apart and isinstance(self.options.jacobian, Representation):
             represented(self, passes, self.options.jacobian, scale)
@@ -366,12 +414,21 @@ class Engine:
             self.roles = roles  # only once its roles held
         assert isinstance(self.capture, Capture)
         roles, found = self.capture.roles, self.capture.finish()
+        self.measure(passes, roles, found, scale)
+        return roles, found
+
+    def measure(self, passes: Passes, roles: Roles, found: Captured, scale: Tensor | None) -> None:
+        """Hands the task gradients to the meters that measure at this step."""
         for meter in self._due():
             try:
                 meter.at_rows(roles, found, self._losses, scale, lambda: self._ahead(passes))
             finally:
                 passes.end()
-        return roles, found
+
+    @property
+    def measures(self) -> bool:
+        """Whether some meter measures at this step."""
+        return bool(self._due())
 
     def _due(self) -> list[Meter]:
         """The meters that measure at this step, if it has task gradients."""
@@ -404,9 +461,44 @@ class Engine:
 
     def families(self, scale: Tensor | None) -> Families:
         """What aggregates rows of gradients that are ``scale`` times too large."""
-        inverse = None if scale is None else scale.double().square().reciprocal()
-        full = self.options.history > 0 or bool(self._due())
-        return Families(self.solves, inverse, full=full)
+        full = self.options.history > 0 or self.measures
+        seen = columns = None
+        assert self.roles is not None
+        if any("losses" in w.needs or w.one_pass for w in self.solves.weightings.values()):
+            seen = self.observed(self._losses, self.roles)
+        if self._groups is not None and self.roles.shared is not None:
+            columns = self._columns_of(self.roles.shared)
+        return Families(self.solves, scale, full=full, seen=seen, columns=columns)
+
+    def _columns_of(self, block: Block) -> Columns:
+        if self._columns is None or self._columns[0] is not block:
+            assert self._groups is not None
+            self._columns = (block, columns_of(block, self._groups()))
+        return self._columns[1]
+
+    def observed(self, losses: Sequence[Tensor | None], roles: Roles) -> Observed:
+        """The losses as a weighting sees them."""
+        device = roles.params[0].device
+        values = loss_vector(losses, device)
+        if device.type != "cpu":
+            return Observed(values, values.isfinite())
+        known = values.tolist()
+        if all(map(math.isfinite, known)):
+            return Observed(values, None)
+        lost = frozenset(
+            task
+            for task, value in enumerate(known)
+            if losses[task] is not None and not math.isfinite(value)
+        )
+        return Observed(values, values.isfinite(), lost)
+
+    def watch_losses(self) -> None:
+        """Has a loss on CUDA that the weighting cannot take raise from a later call."""
+        status = self.solves.statuses.get("loss")
+        if status is not None and status.bits.device.type == "cuda":
+            name = type(self.solves.weightings["loss"]).__name__
+            sound = (status.bits & INVALID_LOSS) == 0
+            self._watch.post(sound.reshape(1), raise_invalid_loss(name))
 
     # ------------------------------------------------------------ what becomes of it
 
@@ -414,7 +506,8 @@ class Engine:
         """For the steps until the next solve; a step that is going to be skipped leaves the old ones."""
         if self.options.weights_every == 1:
             return
-        for name, weights in (("loss", found.weights), ("flat", found.flat)):
+        own = self.own_weights(found)
+        for name, weights in (("loss", found.weights), ("flat", found.flat), ("own", own)):
             if weights is None:
                 continue
             old = self.weights.get(name)
@@ -425,6 +518,20 @@ class Engine:
                 self.weights[name] = weights.clone()
             else:
                 old.copy_(weights)
+
+    def own_weights(self, found: Found) -> Tensor | None:
+        """float64 [T], what the gradients of the tasks' own parameters are multiplied by; None: by 1."""
+        if found.weights is None:
+            return None
+        return self.solves.weightings["loss"]._own_weights(found.weights)
+
+    def own_update(self, task: int, row: Tensor, weights: Tensor | None) -> None:
+        """The update of a task's own parameters <- ``row`` [P], times the task's entry of ``weights`` [T]."""
+        assert self.roles is not None
+        update = self.roles.own[task].update
+        update.copy_(row)
+        if weights is not None:
+            update.mul_(weights[task].to(update))
 
     def add_flat(self, block: Block, scale: Tensor | None) -> None:
         """Adds the flat part of the last sharp step, where steps in between reuse it."""
@@ -470,6 +577,19 @@ class Engine:
                     view = view.detach()
                     roles.params[k].grad = view
                     self._written.append((roles.params[k], view, view._version))
+        self._write_learned()
+
+    def _write_learned(self) -> None:
+        """.grad of what the weightings learn: of a loss as many times too large as the others."""
+        for name, weighting in self.solves.weightings.items():
+            learned = weighting.parameters()
+            for param in learned:
+                param.grad = None
+            for param, found in zip(learned, self.solves.learned.get(name, ()), strict=False):
+                grad = found.clone() if self.scale is None else found * self.scale.to(found)
+                if self.ok is not None:
+                    grad.masked_fill_(~self.ok.to(grad.device), torch.inf)
+                param.grad = grad
 
     def record(
         self,
@@ -491,6 +611,8 @@ class Engine:
         if roles.shared is None:
             squares = None
         self._measure_gram(roles, found, scale)
+        if not self.solves.weightings["loss"].one_pass:
+            self.watch_losses()
         watching = after is not None and self._radius.watching
         if not self.options.history and not watching:
             return
@@ -515,7 +637,7 @@ class Engine:
 
         self._record_args = dict(
             losses=clean,
-            weights=None if found is None else shown(found.weights),
+            weights=None if found is None else shown(found.weights),  # None: no weighted sum
             flat_weights=None if found is None else shown(found.flat),
             norms=shown(norms),
             gram=None if found is None else found.gram,

@@ -6,6 +6,7 @@ never expanded in products: that cancels for a small radius.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from flatmtl import ops
 from flatmtl.block import Block
-from flatmtl.solves import Solves
+from flatmtl.columns import Columns
+from flatmtl.solves import Observed, Solves
+from flatmtl.weighting._rows import RowMethod, RowState
 
 
 @dataclass
@@ -21,14 +24,15 @@ class Found:
     """What an aggregation came to.
 
     Attributes:
-        weights: float64 [T], of the gradients g_i (of the s_i for "direct").
+        weights: float64 [T], of the gradients g_i (of the s_i for "direct"); None where the update is no
+            weighted sum of them. The mean over the groups where each has its own.
         flat: float64 [T], of the flat parts f_i; None if they were not weighted apart.
         gram: float64 [T, T], of the rows that ``weights`` are for; a diagonal one where the weighting
-            looks at no more.
+            looks at no more; None where it looks at none.
         clean: whether ``gram`` is of the gradients at the parameters, not at the perturbed ones.
     """
 
-    weights: Tensor
+    weights: Tensor | None
     flat: Tensor | None = None
     gram: Tensor | None = None
     clean: bool = True
@@ -39,60 +43,74 @@ class Families:
 
     Args:
         solves: the weightings.
-        inverse_scale: 0-dim float64, 1 / scale^2 of Gram matrices of scaled gradients; None: not scaled.
-        full: always the whole Gram matrix, also where a weighting needs its diagonal only.
+        scale: 0-dim, by which the gradients are too large; None: 1.
+        full: always the whole Gram matrix, also where a weighting needs its diagonal only, or none.
+        seen: the losses, for the weightings that look at them.
+        columns: of each group that has weights of its own; None: one for all parameters.
     """
 
-    def __init__(self, solves: Solves, inverse_scale: Tensor | None, *, full: bool) -> None:
+    def __init__(
+        self,
+        solves: Solves,
+        scale: Tensor | None,
+        *,
+        full: bool,
+        seen: Observed | None = None,
+        columns: Columns | None = None,
+    ) -> None:
         self._solves = solves
-        self._inverse = inverse_scale
+        self._scale = None if scale is None else scale.double()
+        self._inverse = None if scale is None else scale.double().square().reciprocal()
         self._full = full
+        self._seen = seen
+        self._columns = columns
 
     def unscaled(self, gram: Tensor) -> Tensor:
         """``gram`` as if the gradients had not been scaled."""
         return gram if self._inverse is None else gram * self._inverse.to(gram.device)
 
-    def _gram(self, name: str, rows: Tensor, squares: Tensor | None) -> Tensor:
-        if squares is not None and self._solves.weightings[name].diagonal_only and not self._full:
-            return self.unscaled(squares.diag())  # the packing has counted the norms already
+    def gram(self, rows: Tensor) -> Tensor:
+        """float64 [T, T], of the gradients in ``rows`` as if they had not been scaled."""
         return self.unscaled(ops.gram(rows))
 
     def plain(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
         """update = A(g)."""
-        gram = self._gram("loss", block.jac, squares)
-        weights = self._solves("loss", gram, sound)
-        ops.combine(block.jac, weights, block.update)
-        return Found(weights, gram=gram)
-
-    def decomposed(self, block: Block, squares: Tensor, sound: Tensor, *, keep: bool) -> Found:
-        """update = A(g) + A'(f). With ``keep``, A'(f) alone stays in ``block.kept``."""
-        if self._solves.weightings["loss"].diagonal_only and not self._full:
-            gram = self._gram("loss", block.jac, squares)
-            flat = self.unscaled(ops.gram_difference(block.sam, block.jac))
-        else:
-            gram, flat = map(self.unscaled, ops.gram_pair(block.sam, block.jac))
-        a = self._solves("loss", gram, sound)
-        b = self._solves("flat", flat, sound)
-        if keep:
-            ops.combine_flat(block.jac, torch.zeros_like(b), block.sam, b, block.kept)
-            ops.combine(block.jac, a, block.update).add_(block.kept)
-        else:
-            ops.combine_flat(block.jac, a, block.sam, b, block.update)
-        return Found(a, b, gram)
+        return self._aggregate("loss", block, block.jac, block.update, squares, sound)
 
     def direct(self, block: Block, sound: Tensor) -> Found:
         """update = A(s)."""
-        gram = self._gram("loss", block.sam, None)
-        weights = self._solves("loss", gram, sound)
-        ops.combine(block.sam, weights, block.update)
-        return Found(weights, gram=gram, clean=False)
+        found = self._aggregate("loss", block, block.sam, block.update, None, sound)
+        found.clean = False
+        return found
+
+    def decomposed(self, block: Block, squares: Tensor, sound: Tensor, *, keep: bool) -> Found:
+        """update = A(g) + A'(f). With ``keep``, A'(f) alone stays in ``block.kept``."""
+        weighting = self._solves.weightings["loss"]
+        if isinstance(weighting, RowMethod):
+            return self._rows_and_flat(block, sound)
+        if self._columns is not None:
+            found, a, b = self._by_group_and_flat(block, self._columns, sound)
+        else:
+            found = self._weigh_both(block, squares, sound)
+            assert found.weights is not None
+            assert found.flat is not None
+            a, b = found.weights.unsqueeze(0), found.flat.unsqueeze(0)
+        for k, part in self._parts(block):
+            jac, sam = block.jac[:, part], block.sam[:, part]
+            if keep:
+                zero = torch.zeros_like(b[k])
+                ops.combine_flat(jac, zero, sam, b[k], block.kept[part])
+                ops.combine(jac, a[k], block.update[part]).add_(block.kept[part])
+            else:
+                ops.combine_flat(jac, a[k], sam, b[k], block.update[part])
+        return found
 
     def second(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
         """update = A''(A(g), A'(f)). The pair is formed: from Gram matrices, a short one would cancel."""
         gram = self._gram("loss", block.jac, squares)
         block.sam.sub_(block.jac)
-        a = self._solves("loss", gram, sound)
-        b = self._solves("flat", self._gram("flat", block.sam, None), sound)
+        a = self._solve("loss", gram, sound)
+        b = self._solve("flat", self._gram("flat", block.sam, None), sound)
         ops.combine(block.jac, a, block.ends[0])
         ops.combine(block.sam, b, block.ends[1])
         pair = self.unscaled(ops.gram(block.ends))
@@ -116,6 +134,114 @@ class Families:
         of_g, of_f = inner.unbind(1)
         block.jac.mul_(of_g.unsqueeze(1).to(block.jac.dtype))
         block.jac.addcmul_(block.sam, of_f.unsqueeze(1).to(block.jac.dtype))
-        weights = self._solves("loss", self._gram("loss", block.jac, None), sound)
+        weights = self._solve("loss", self._gram("loss", block.jac, None), sound)
         ops.combine(block.jac, weights, block.update)
         return Found(weights * of_g, weights * of_f, of_all)
+
+    # ------------------------------------------------------------ one set of rows
+
+    def _aggregate(
+        self,
+        name: str,
+        block: Block,
+        rows: Tensor,
+        out: Tensor,
+        squares: Tensor | None,
+        sound: Tensor,
+    ) -> Found:
+        """``out`` [P] <- the aggregate of ``rows`` [T, P] by the weighting of that name."""
+        weighting = self._solves.weightings[name]
+        if isinstance(weighting, RowMethod):
+            weights = self._by_rows(name, block, rows, out, sound)
+            return Found(weights, gram=self._for_the_record(rows))
+        if self._columns is not None:
+            grams = self._grams(ops.gram, self._columns, rows)  # [B, T, T]
+            each = self._solve(name, grams, sound.expand(grams.shape[:-1]))
+            for k, part in self._parts(block):
+                ops.combine(rows[:, part], each[k], out[part])
+            return Found(each.mean(0), gram=grams.sum(0))
+        gram = None
+        if weighting.one_pass:
+            weights = self._of_losses(name)
+            gram = self._for_the_record(rows)
+        else:
+            gram = self._gram(name, rows, squares)
+            weights = self._solve(name, gram, sound)
+        ops.combine(rows, weights, out)
+        return Found(weights, gram=gram)
+
+    def _weigh_both(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
+        """The weights of the gradients and of the flat parts."""
+        weighting = self._solves.weightings["loss"]
+        if weighting.one_pass:  # linear, and the same for both
+            weights = self._of_losses("loss")
+            return Found(weights, weights, self._for_the_record(block.jac))
+        if weighting.diagonal_only and not self._full:
+            gram = self._gram("loss", block.jac, squares)
+            flat = self.unscaled(ops.gram_difference(block.sam, block.jac))
+        else:
+            gram, flat = map(self.unscaled, ops.gram_pair(block.sam, block.jac))
+        a = self._solve("loss", gram, sound)
+        return Found(a, self._solve("flat", flat, sound), gram)
+
+    def _by_group_and_flat(
+        self, block: Block, columns: Columns, sound: Tensor
+    ) -> tuple[Found, Tensor, Tensor]:
+        """The same with weights [B, T] for every group."""
+        grams = self._grams(ops.gram, columns, block.jac)
+        flats = self._grams(ops.gram_difference, columns, block.sam, block.jac)
+        sound = sound.expand(grams.shape[:-1])
+        a, b = self._solve("loss", grams, sound), self._solve("flat", flats, sound)
+        return Found(a.mean(0), b.mean(0), grams.sum(0)), a, b
+
+    def _rows_and_flat(self, block: Block, sound: Tensor) -> Found:
+        """The two aggregates of rows, added. The flat parts' one is left in ``block.kept``."""
+        block.sam.sub_(block.jac)
+        a = self._by_rows("loss", block, block.jac, block.update, sound)
+        b = self._by_rows("flat", block, block.sam, block.kept, sound)
+        block.update.add_(block.kept)
+        return Found(a, b, self._for_the_record(block.jac))
+
+    def _by_rows(
+        self, name: str, block: Block, rows: Tensor, out: Tensor, sound: Tensor
+    ) -> Tensor | None:
+        method = self._solves.weightings[name]
+        if isinstance(method, RowState):
+            method._carry(block.layout, block.size)
+        return self._solves.of_rows(
+            name, rows, out, seen=self._seen, sound=sound, scale=self._scale
+        )
+
+    # ------------------------------------------------------------ the pieces
+
+    def _solve(self, name: str, gram: Tensor, sound: Tensor) -> Tensor:
+        return self._solves(name, gram, sound, self._seen)
+
+    def _of_losses(self, name: str) -> Tensor:
+        assert self._seen is not None
+        return self._solves.of_losses(name, self._seen)
+
+    def _gram(self, name: str, rows: Tensor, squares: Tensor | None) -> Tensor:
+        if squares is not None and self._solves.weightings[name].diagonal_only and not self._full:
+            return self.unscaled(squares.diag())  # the packing has counted the norms already
+        return self.gram(rows)
+
+    def _for_the_record(self, rows: Tensor) -> Tensor | None:
+        """The Gram matrix where the method does without, but somebody wants to see it."""
+        return self.gram(rows) if self._full else None
+
+    def _grams(self, op: Callable[..., Tensor], columns: Columns, *rows: Tensor) -> Tensor:
+        """float64 [B, T, T], of each group's columns."""
+        grams = [
+            torch.stack([op(*(r[:, part] for r in rows)) for part in parts]).sum(0)
+            if len(parts) > 1
+            else op(*(r[:, parts[0]] for r in rows))
+            for parts in columns
+        ]
+        return self.unscaled(torch.stack(grams))
+
+    def _parts(self, block: Block) -> list[tuple[int, slice]]:
+        """Every run of columns with the number of its group."""
+        if self._columns is None:
+            return [(0, slice(0, block.size))]
+        return [(k, part) for k, parts in enumerate(self._columns) for part in parts]

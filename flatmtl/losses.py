@@ -254,6 +254,12 @@ def added(total: Losses | None, more: Losses) -> Losses:
 
 def loss_vector(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """float64 [T] from 0-dim tensors; NaN where a task is missing."""
+    first = losses[0]
+    if first is not None and all(
+        one is not None and one.dtype == first.dtype and one.device == first.device
+        for one in losses
+    ):
+        return torch.stack(losses).to(device, torch.float64)  # type: ignore[arg-type]
     missing = torch.full((), torch.nan, dtype=torch.float64, device=device)
     there = [missing if one is None else one.to(device, missing.dtype) for one in losses]
     return torch.stack(there)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatmtl import amp
+from flatmtl.columns import Per, check_per, groups_of
 from flatmtl.engine import Engine, Options
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, read_jacobian
@@ -21,6 +22,8 @@ from flatmtl.roles import named_shared
 from flatmtl.sharpness import SAM, SAMO, Sharpness, check_whole, default_radii
 from flatmtl.solves import Solves
 from flatmtl.weighting import Weighting
+from flatmtl.weighting._loss import WithLosses
+from flatmtl.weighting._rows import RowMethod, RowState
 
 if TYPE_CHECKING:
     from flatmtl.affinity.meter import Meter
@@ -74,6 +77,10 @@ class MultiTaskOptimizer(Optimizer):
         weights_every: solve for weights at every so many steps; in between, the last ones are used again
             and the step is one backward pass of the weighted loss. With sharpness those steps take one
             perturbation for all tasks (Eq. 9 of the paper); "decomposed" and "direct" only.
+        weights_per: what has weights of its own: the "model" (all shared parameters together), every
+            parameter "group", "layer" (module that holds parameters; needs ``model``) or "parameter", or
+            lists of parameters (the others form one more group). One Gram matrix each, solved in one
+            batch; for the weightings that look at nothing else.
         replay_rng: with sharpness, the perturbed passes draw the same random numbers (dropout masks) as
             the clean one. torch's generators only.
         history: keep the diagnostics of the last so many steps, ``history`` (0: none).
@@ -98,6 +105,7 @@ class MultiTaskOptimizer(Optimizer):
         jacobian: Literal["sequential", "batched"] | Batched | Representation = "sequential",
         row_dtype: torch.dtype | None = None,
         weights_every: int = 1,
+        weights_per: Per = "model",
         replay_rng: bool = False,
         history: int = 0,
     ) -> None:
@@ -159,11 +167,14 @@ class MultiTaskOptimizer(Optimizer):
                 "weights_every must be 1 with SAMO and with aggregate='second' or 'each', got "
                 f"{weights_every}"
             )
+        _check_method(weighting, sharpness, how, weights_every, weights_per)
         # The hooks' registries only: param_groups, state and defaults are the base optimizer's.
         super().__init__([torch.empty(0)], {})
         self.base_optimizer = base_optimizer
         self.weighting = weighting
-        self.flat_weighting = weighting.twin() if isinstance(sharpness, SAM) else None
+        # one that is linear with the same weights for both parts does for them together
+        apart = isinstance(sharpness, SAM) and not weighting.one_pass
+        self.flat_weighting = weighting.twin() if apart else None
         second = isinstance(sharpness, SAM) and sharpness.aggregate == "second"
         self.outer_weighting = (
             self.flat_weighting.twin() if second and self.flat_weighting is not None else None
@@ -178,7 +189,9 @@ class MultiTaskOptimizer(Optimizer):
             replay_rng=replay_rng,
             history=check_whole("history", history, 0),
         )
+        self._add_learned()
         self._shared = named_shared(shared, self._all_params(), self._label)
+        self._per = check_per(weights_per, self._all_params(), model, self._label)
         self._start_anew()
         for group in self.param_groups:
             self._default_radii(group)
@@ -187,7 +200,36 @@ class MultiTaskOptimizer(Optimizer):
         """What a copy does not inherit: buffers are made again at its first step."""
         named = {name: self.__dict__[attribute] for name, attribute in self._SAVED.items()}
         solves = Solves({name: w for name, w in named.items() if w is not None})
-        self._engine = Engine(self._options, solves, self._all_params, self._shared, self._label)
+        groups = None if self._per == "model" else self._groups
+        self._engine = Engine(
+            self._options, solves, self._all_params, self._shared, self._label, groups
+        )
+
+    def _groups(self) -> dict[int, int]:
+        return groups_of(self._per, self.param_groups, self.model)
+
+    def _weightings(self) -> list[Weighting]:
+        found = [self.weighting, self.flat_weighting, self.outer_weighting]
+        return [weighting for weighting in found if weighting is not None]
+
+    def _add_learned(self) -> None:
+        """Puts what the weightings learn into a parameter group each, where the caller has not."""
+        groups = self.base_optimizer.param_groups
+        known = {id(p) for group in groups for p in group["params"]}
+        device = groups[0]["params"][0].device
+        for weighting in self._weightings():
+            learned = weighting.parameters()
+            if not learned or all(id(p) in known for p in learned):
+                continue
+            for param in learned:
+                param.data = param.data.to(device)
+            group: dict[str, Any] = {"params": learned}
+            lr = getattr(weighting, "lr", None)
+            if lr is not None:
+                group["lr"] = lr
+            if "weight_decay" in self.base_optimizer.defaults:
+                group["weight_decay"] = 0.0  # a weight has no reason to tend to 0
+            self.base_optimizer.add_param_group(group)
 
     # a weighting's name in an engine -> in a state dict
     _SAVED = MappingProxyType(
@@ -201,6 +243,7 @@ class MultiTaskOptimizer(Optimizer):
         "outer_weighting",
         "_options",
         "_shared",
+        "_per",
     )
 
     def __getstate__(self) -> dict[str, Any]:  # type: ignore[override]
@@ -307,7 +350,9 @@ class MultiTaskOptimizer(Optimizer):
         default_radii(self.sharpness, group)
 
     def _all_params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        learned = {id(p) for w in self._weightings() for p in w.parameters()}
+        params = [p for group in self.param_groups for p in group["params"]]
+        return [p for p in params if id(p) not in learned] if learned else params
 
     def _label(self, param: Tensor) -> str:
         if self.model is not None:
@@ -482,3 +527,44 @@ class MultiTaskOptimizer(Optimizer):
             raise RuntimeError("there was no step yet: no status")
         finite = dict(zip(engine.roles.tasks, engine.finite.tolist(), strict=True))
         return {"finite": finite, **engine.solves.statuses}
+
+
+def _check_method(
+    weighting: Weighting, sharpness: Sharpness | None, how: object, every: int, per: object
+) -> None:
+    """Raises ValueError where the weighting is not one for the other arguments."""
+    name = type(weighting).__name__
+    gram_only = not (weighting.one_pass or isinstance(weighting, (WithLosses, RowMethod)))
+    if not gram_only and isinstance(sharpness, SAM) and sharpness.aggregate in ("second", "each"):
+        raise ValueError(
+            f"sharpness must aggregate 'decomposed' or 'direct' with {name}, which does not work on Gram "
+            f"matrices alone, got {sharpness.aggregate!r}"
+        )
+    if not gram_only and not (isinstance(per, str) and per == "model"):
+        raise ValueError(
+            f"weights_per must be 'model' with {name}, which does not work on Gram matrices alone, got "
+            f"{per!r}"
+        )
+    if every > 1 and (weighting.one_pass or isinstance(weighting, RowMethod)):
+        raise ValueError(
+            f"weights_every must be 1 with {name}, whose weights are "
+            f"{'free' if weighting.one_pass else 'of no use at other steps'}, got {every}"
+        )
+    grouped = not (isinstance(per, str) and per == "model")
+    if every > 1 and grouped:
+        raise ValueError(
+            "weights_every must be 1 with weights_per: one backward pass has one weight a task, got "
+            f"{every}"
+        )
+    if isinstance(how, Representation) and (
+        weighting.one_pass or grouped or isinstance(weighting, RowState)
+    ):
+        what = "weights_per" if grouped else name
+        raise ValueError(
+            f"jacobian must not be Representation with {what}: its features are no parameters, and "
+            "others at every batch"
+        )
+    if weighting.one_pass and sharpness is None and how != "sequential" and how is not None:
+        raise ValueError(
+            f"jacobian must be 'sequential' with {name}, whose step is one backward pass, got {how!r}"
+        )

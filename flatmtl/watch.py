@@ -53,6 +53,22 @@ class Watch:
             act(host.tolist())
 
 
+def raise_invalid_loss(method: str) -> Act:
+    """An act on "every loss was one that the weighting can take".
+
+    Raises:
+        ValueError: (the act) the flag is false.
+    """
+
+    def act(sound: list[bool]) -> None:
+        if not all(sound):
+            raise ValueError(
+                f"losses must be above 0 for {method}, got one that is not; its task was left out"
+            )
+
+    return act
+
+
 def raise_nonfinite(tasks: Sequence[TaskName]) -> Act:
     """An act on "task i's gradients are finite".
 

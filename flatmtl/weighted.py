@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -14,18 +16,22 @@ class WeightedBackward:
 
     The shared parameters' gradient goes to a row of the shared block. A task's own one, unweighted, goes
     to its block's first row, from a pass of its own, which ends where the shared parameters begin: so
-    that a task of weight zero learns on.
+    that a task of weight zero learns on. With ``together`` it is weighted too, and one pass does.
 
     Args:
         roles: settled.
         weights: float64 [T].
         scale: loss scale, 0-dim; None: 1.
+        together: own gradients are those of the weighted loss.
     """
 
-    def __init__(self, roles: Roles, weights: Tensor, scale: Tensor | None) -> None:
+    def __init__(
+        self, roles: Roles, weights: Tensor, scale: Tensor | None, *, together: bool = False
+    ) -> None:
         self._roles = roles
-        self._weights = weights
+        self.weights = weights
         self._scale = scale
+        self._together = together
         self._begun = False
         self.shared_sq: Tensor | None = None
         self.own_sq: dict[int, Tensor] = {}
@@ -40,6 +46,7 @@ class WeightedBackward:
         perturbed: bool,
         retain_graph: bool,
         own: bool,
+        without: Collection[int] = (),
     ) -> None:
         """One micro-batch.
 
@@ -49,21 +56,26 @@ class WeightedBackward:
             perturbed: own gradients go to the blocks' ``sam`` rows in place of ``jac``.
             retain_graph: for another backward pass.
             own: whether the tasks' own parameters are wanted.
+            without: tasks that are left out, though they have a loss.
         """
         roles = self._roles
-        tasks = losses.present
+        tasks = [task for task in losses.present if task not in without]
+        if not tasks:
+            return
         ones = [losses.seed(task, self._scale) for task in tasks]
         of: dict[int, Tensor | None] = {}
         index = [k for task in tasks for k in roles.own_index.get(task, [])] if own else []
-        if index:  # first: the other pass may free the graph
+        if index and not self._together:  # first: the other pass may free the graph
             keep = retain_graph or bool(roles.shared_index)
-            of.update(zip(index, self._pass(losses, ones, index, keep), strict=True))
-        if roles.shared_index:
-            index = roles.shared_index
+            of.update(zip(index, self._pass(losses, tasks, ones, index, keep), strict=True))
+        index = [*index, *roles.shared_index] if self._together else roles.shared_index
+        if index:
             seeds = [
-                one * self._weights[task].to(one) for one, task in zip(ones, tasks, strict=True)
+                one * self.weights[task].to(one) for one, task in zip(ones, tasks, strict=True)
             ]
-            of.update(zip(index, self._pass(losses, seeds, index, retain_graph), strict=True))
+            of.update(
+                zip(index, self._pass(losses, tasks, seeds, index, retain_graph), strict=True)
+            )
         for k, grad in of.items():
             if grad is not None:
                 roles.check_dense(k, grad)
@@ -81,10 +93,15 @@ class WeightedBackward:
         self._begun = True
 
     def _pass(
-        self, losses: TaskLosses, seeds: list[Tensor], index: list[int], retain_graph: bool
+        self,
+        losses: TaskLosses,
+        tasks: list[int],
+        seeds: list[Tensor],
+        index: list[int],
+        retain_graph: bool,
     ) -> tuple[Tensor | None, ...]:
         params = [self._roles.params[k] for k in index]
-        return losses.backward(losses.present, params, seeds, retain_graph=retain_graph)
+        return losses.backward(tasks, params, seeds, retain_graph=retain_graph)
 
     def shared_norm(self) -> Tensor:
         """The squared norm of the shared row, float64 0-dim; 0 if nothing is shared."""

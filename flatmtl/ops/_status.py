@@ -6,3 +6,4 @@ NOT_CONVERGED = 4  # the solver stopped short of its tolerance
 RIDGE_RAISED = 8  # the Gram matrix was too noisy for the ridge asked for
 FALLBACK = 16  # the method has no usable answer here: the weights are those of its fallback
 INVALID_GRAM = 32  # not a Gram matrix: all weights are 0 (on the CPU the solve raises instead)
+INVALID_LOSS = 64  # not finite, or not above 0 where that is needed: that weight is 0 (as above)

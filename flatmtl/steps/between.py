@@ -40,9 +40,10 @@ def weighted(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     if roles.shared is not None:
         engine.mask_shared(roles, finite)
         engine.add_flat(roles.shared, scale)
+    own = engine.weights.get("own")
     for task in backward.own_sq:
         block = roles.own[task]
-        block.update.copy_(block.jac[0])
+        engine.own_update(task, block.jac[0], own)
         engine.add_flat(block, scale)
     engine.write_grads(roles, backward.reached, set(backward.own_sq), finite)
     found = Found(engine.weights["loss"], engine.weights.get("flat"))
@@ -95,10 +96,13 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
         else:
             shared.update.copy_(shared.sam[0])
         engine.mask_shared(roles, finite)
+    own_weights = engine.weights.get("own")
     for task in last.own_sq:
         block = roles.own[task]
-        block.update.copy_(block.sam[0])
+        engine.own_update(task, block.sam[0], own_weights)
         if keep:
+            if own_weights is not None:
+                block.jac[0].mul_(own_weights[task].to(block.jac))
             keep_own_flat(block, block.update, finite[task], scale)
     engine.write_grads(roles, first.reached, set(last.own_sq), finite)
     engine.record(roles, Found(a, b if decomposed else None), None, scale, after)

@@ -17,14 +17,15 @@ def plain(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     roles, captured = engine.captured(passes, scale)
     finite = engine.finite_tasks(roles, captured.shared_sq, captured.own_sq)
     engine.check_finite(roles, finite, scale)
-    found = None
+    found = own = None
     if roles.shared is not None:
         found = engine.families(scale).plain(roles.shared, captured.shared_sq, finite)
         engine.keep_weights(found)
         engine.add_flat(roles.shared, scale)
+        own = engine.own_weights(found)
     for task in captured.own_sq:
         block = roles.own[task]
-        block.update.copy_(block.jac[0])
+        engine.own_update(task, block.jac[0], own)
         engine.add_flat(block, scale)
     engine.write_grads(roles, captured.reached, set(captured.own_sq), finite)
     engine.record(roles, found, captured.shared_sq, scale)

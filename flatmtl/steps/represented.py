@@ -79,6 +79,7 @@ def _at_features(
     shared_sq = roles.per_task(squares)
     finite = engine.finite_tasks(roles, shared_sq, own_sq)
     engine.check_finite(roles, finite, scale)
+    engine.roles = roles
     found = engine.families(scale).plain(at, shared_sq, finite)
     engine.keep_weights(found)
     if roles.shared is not None:
@@ -89,7 +90,8 @@ def _at_features(
         finite = finite & sq.isfinite().to(finite.device)
         engine.check_finite(roles, finite, scale)
         engine.mask_shared(roles, finite)
+    own = engine.own_weights(found)
     for task in own_sq:
-        roles.own[task].update.copy_(roles.own[task].jac[0])
+        engine.own_update(task, roles.own[task].jac[0], own)
     engine.write_grads(roles, reached, set(own_sq), finite)
     engine.record(roles, found, shared_sq, scale)

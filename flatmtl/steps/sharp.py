@@ -30,7 +30,7 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
     after, norms = perturbed_passes(engine, passes, roles, captured.present, move, scale)
     finite = with_perturbed(roles, finite, norms)
     engine.check_finite(roles, finite, scale)
-    found = None
+    found = own = None
     if roles.shared is not None:
         families, block = engine.families(scale), roles.shared
         if sharpness.aggregate == "decomposed":
@@ -45,10 +45,13 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
         else:
             found = families.each(block, finite)
         engine.keep_weights(found)
+        own = engine.own_weights(found)
     for task in captured.own_sq:
         block = roles.own[task]
-        block.update.copy_(block.sam[0])
+        engine.own_update(task, block.sam[0], own)
         if sharpness.every > 1:
+            if own is not None:
+                block.jac[0].mul_(own[task].to(block.jac))
             keep_own_flat(block, block.update, finite[task], scale)
     engine.write_grads(roles, captured.reached, set(captured.own_sq), finite)
     engine.record(roles, found, captured.shared_sq, scale, after)

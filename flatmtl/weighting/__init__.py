@@ -102,7 +102,8 @@ class MethodInfo(NamedTuple):
         paper: authors and title or venue.
         arxiv: number there, "" if none.
         year: of the paper.
-        needs: what it looks at: "gram", "norms", "cross-gram of two batches", "nothing".
+        needs: what it looks at: "gram", "norms", "losses", "gram and losses", "norms and losses", "rows",
+            "rows and losses", "cross-gram of two batches", "nothing".
         state: what it keeps from call to call, "" if nothing.
     """
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatmtl import ops
 from flatmtl.ops._status import (
     FALLBACK,
     INACTIVE_TASK,
     INVALID_GRAM,
+    INVALID_LOSS,
     NO_ACTIVE_TASK,
     NOT_CONVERGED,
     RIDGE_RAISED,
@@ -73,10 +74,15 @@ class SolveStatus:
         return self._any(INVALID_GRAM)
 
     @property
+    def invalid_loss(self) -> bool:
+        """Some loss was not one that the method can take; its weight is 0 (CUDA only, as above)."""
+        return self._any(INVALID_LOSS)
+
+    @property
     def ok(self) -> bool:
         """All tasks took part and the solver reached its tolerance by the method's own way."""
         return not self._any(
-            NO_ACTIVE_TASK | INACTIVE_TASK | NOT_CONVERGED | FALLBACK | INVALID_GRAM
+            NO_ACTIVE_TASK | INACTIVE_TASK | NOT_CONVERGED | FALLBACK | INVALID_GRAM | INVALID_LOSS
         )
 
 
@@ -101,8 +107,13 @@ class Weighting:
     paper: str = ""
     arxiv: str = ""
     year: int = 0
-    #: What it looks at: "gram", "norms", "cross-gram of two batches" or "nothing".
+    #: What it looks at: "gram", "norms", "losses", "gram and losses", "norms and losses", "rows", "rows
+    #: and losses", "cross-gram of two batches" or "nothing".
     needs: str = "gram"
+    #: Whether a step is one backward pass of the weighted loss, with no gradient of a task's own.
+    one_pass: bool = False
+    #: Whether the losses after the step are wanted too: one more forward pass (``_after_step``).
+    looks_back: bool = False
     #: What it keeps from call to call; "" if nothing.
     state: str = ""
 
@@ -132,6 +143,39 @@ class Weighting:
         """
         weights, self._last = self._solve(gram)
         return self._scaled(gram, weights)
+
+    def _at_step(self, gram: Tensor | None, losses: Tensor | None, there: Tensor | None) -> Tensor:
+        """The weights of an optimizer's step, whatever the method looks at.
+
+        Args:
+            gram: float64 [T, T] or [B, T, T]; None where no task gradients are taken (``one_pass``).
+            losses: float64 [T], NaN where a task is missing or its loss is not finite; None for the
+                methods that do not look at them.
+            there: bool [T], the tasks whose loss is there and finite; None: all of them.
+
+        Returns:
+            float64 [T] or [B, T].
+        """
+        assert gram is not None
+        return self(gram)
+
+    def _own_weights(self, weights: Tensor) -> Tensor | None:
+        """float64 [T], of the gradients of the tasks' own parameters at this step; None: each as it is."""
+        return None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the method learns, for the optimizer's parameter groups; mostly nothing."""
+        return []
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients of ``parameters()`` at the last call, in their order."""
+        return []
+
+    def _after_step(self, losses: Tensor, there: Tensor | None) -> None:
+        """Takes the losses of the same batch after the step (``looks_back``), as in ``_at_step``."""
+
+    def _made(self, ok: Tensor | None) -> None:
+        """The optimizer has made the step (``ok``, bool 0-dim: unless that is false on the device)."""
 
     def _solve(self, gram: Tensor) -> tuple[Tensor, SolveStatus]:
         """gram [T, T] or [B, T, T], unchecked -> weights float64 [T] or [B, T], status."""
@@ -215,6 +259,7 @@ class Stateful(Weighting):
 
     _entry: str
     _rank = 1
+    _input = "gram"
 
     def __init__(self, *, scaling: Scaling = "raw", max_norm: float | None = None) -> None:
         super().__init__(scaling=scaling, max_norm=max_norm)
@@ -235,7 +280,7 @@ class Stateful(Weighting):
             self._held = held = self._start(gram)
         elif held.shape != self._size(gram):
             raise ValueError(
-                f"gram must be like those before (their {self._entry} has shape "
+                f"{self._input} must be like those before (their {self._entry} has shape "
                 f"{list(held.shape)}), got {list(gram.shape)}: reset() starts anew"
             )
         elif held.device != gram.device:

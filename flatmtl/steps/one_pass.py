@@ -1,0 +1,88 @@
+"""The step of the loss-space weightings: one backward pass of the weighted loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from flatmtl.families import Found
+from flatmtl.jacobian import Capture
+from flatmtl.losses import TaskLosses
+from flatmtl.passes import Passes
+from flatmtl.roles import Roles
+from flatmtl.steps.reach import follow
+from flatmtl.weighted import WeightedBackward
+
+if TYPE_CHECKING:
+    from flatmtl.engine import Engine
+
+
+def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
+    """Weights from every micro-batch's losses, and its one backward pass."""
+    gram = None
+    for roles, losses in engine.clean_passes(passes):
+        seen = engine.observed(losses.detached, roles)
+        weights = engine.solves.of_losses("loss", seen)
+        engine.watch_losses()
+        if not isinstance(engine.capture, WeightedBackward):
+            engine.capture = WeightedBackward(roles, weights, scale, together=True)
+        backward = engine.capture
+        backward.weights = weights
+        follow(roles, losses, [(backward, _update)])
+        engine.roles = roles
+        if engine.measures:
+            gram = _measured(engine, passes, roles, losses, scale)
+        lost = seen.lost
+        backward.add(
+            losses, _update(roles), perturbed=False, retain_graph=False, own=True, without=lost
+        )
+        engine.lost.update(lost)
+    known = engine.roles
+    assert known is not None
+    assert isinstance(engine.capture, WeightedBackward)
+    roles, backward = known, engine.capture
+    finite = engine.finite_tasks(roles, backward.shared_norm(), backward.own_sq)
+    for task in engine.lost:
+        finite[task] = False
+    engine.check_finite(roles, finite, scale)
+    if roles.shared is not None:
+        if backward.shared_sq is None:  # every task was left out
+            roles.shared.update.zero_()
+        engine.mask_shared(roles, _but(finite, engine.lost))
+        engine.add_flat(roles.shared, scale)
+    for task in backward.own_sq:
+        block = roles.own[task]
+        block.update.copy_(block.jac[0])
+        engine.add_flat(block, scale)
+    engine.write_grads(roles, backward.reached, set(backward.own_sq), finite)
+    engine.record(roles, Found(backward.weights, gram=gram), None, scale)
+
+
+def _measured(
+    engine: Engine, passes: Passes, roles: Roles, losses: TaskLosses, scale: Tensor | None
+) -> Tensor | None:
+    """The Gram matrix of the task gradients, taken for the probes; the graph stays."""
+    if len(passes) > 1 or (isinstance(engine.capture, WeightedBackward) and engine.capture.present):
+        raise ValueError(
+            "losses must be of one micro-batch a step where an AffinityProbe measures with a loss-space "
+            "weighting, got several"
+        )
+    capture = Capture(roles)
+    capture.add(losses, None, scale, retain_graph=True)
+    engine.measure(passes, roles, capture.finish(), scale)
+    return None if roles.shared is None else engine.families(scale).gram(roles.shared.jac)
+
+
+def _but(finite: Tensor, lost: set[int]) -> Tensor:
+    """``finite`` without the tasks that were left out of the backward pass."""
+    if not lost:
+        return finite
+    kept = finite.clone()
+    for task in lost:
+        kept[task] = True
+    return kept
+
+
+def _update(roles: Roles) -> Tensor | None:
+    return None if roles.shared is None else roles.shared.update
