@@ -5,7 +5,7 @@ methods, ``SAM`` makes it FS-MTL; ``aggregate`` and ``ops`` are the pieces on th
 measures which tasks help each other, ``select_groups`` chooses which to train together.
 """
 
-from flatmtl import grouping, ops, plots, weighting
+from flatmtl import grouping, measures, ops, plots, weighting
 from flatmtl.affinity import AffinityProbe, AffinityRecord, sample_overlap
 from flatmtl.aggregation import aggregate
 from flatmtl.grouping import select_groups
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "aggregate",
     "grouping",
+    "measures",
     "ops",
     "plots",
     "sample_overlap",

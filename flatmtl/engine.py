@@ -629,6 +629,7 @@ class Engine:
         fresh = squares is not None
         status = self.solves.statuses.get("loss") if fresh else None
         flat_status = self.solves.statuses.get("flat") if fresh else None
+        residual = None if status is None else status.residual
         missing = clean.isnan()
 
         def shown(values: Tensor | None) -> Tensor | None:
@@ -642,9 +643,9 @@ class Engine:
             norms=shown(norms),
             gram=None if found is None else found.gram,
             sharpness=rise,
-            status=None if status is None else status.bits,
+            status=None if status is None else _all_bits(status.bits),
             flat_status=None if flat_status is None else _all_bits(flat_status.bits),
-            residual=None if status is None else status.residual,
+            residual=None if residual is None else residual.max(),
         )
 
     def _measure_gram(self, roles: Roles, found: Found | None, scale: Tensor | None) -> None:

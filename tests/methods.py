@@ -17,6 +17,8 @@ NO_ACTIVE, SOME_INACTIVE, NOT_CONVERGED, RIDGE_RAISED, FALLBACK, INVALID = 1, 2,
 ALL = ["mean", "sum", "constant", "pcgrad", "gradvac", "mgda", "cagrad", "nash_mtl", "fairgrad",
        "imtl_g", "aligned_mtl", "upgrad", "dualproj", "config", "pivrg", "pcd", "krum", "sdmgrad",
        "modo", "cr_mogm", "rlw"]  # fmt: skip
+# of losses alone: weighting(losses)
+LOSS = ["slaw", "famo", "uw", "imtl_l", "dwa", "gls", "si", "bmtl", "stch", "go4align"]
 RANDOM = ["pcgrad", "gradvac", "rlw"]  # draws depend on the step and on the place in the batch
 STATEFUL = ["gradvac", "nash_mtl", "pcd", "sdmgrad", "modo", "cr_mogm"]
 CROSS = ["sdmgrad", "modo"]  # take any cross-Gram
@@ -32,6 +34,10 @@ def make(name: str, tasks: int = 4, **options) -> Weighting:
         options.setdefault("byzantine", 0)
     elif name == "cr_mogm":
         options.setdefault("weighting", by_name("mgda"))
+    elif name in ("uw", "imtl_l"):
+        options.setdefault("tasks", tasks)
+    elif name == "go4align":
+        options.setdefault("groups", min(tasks, 2))
     return by_name(name, **options)
 
 

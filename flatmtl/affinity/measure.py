@@ -84,12 +84,6 @@ def scaled(matrix: Tensor, lr: float | Tensor) -> Tensor:
     return matrix * (lr.to(matrix) if isinstance(lr, Tensor) else lr)
 
 
-def cosines(gram: Tensor) -> Tensor:
-    """[T, T] -> the cosines of the gradients; NaN beside one that is zero or not finite."""
-    inverse = gram.diagonal().rsqrt()  # inf or NaN there, and 0 * inf = NaN
-    return (gram * inverse.unsqueeze(1) * inverse).clamp_(-1.0, 1.0)
-
-
 def exact(
     rows: Rows,
     again: Again,

@@ -17,6 +17,7 @@ from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.jacobian import Captured
 from flatmtl.losses import TaskName, loss_vector
+from flatmtl.measures.gradients import gradient_cosines
 from flatmtl.roles import Roles
 
 
@@ -187,7 +188,7 @@ class Meter:
         seen = self._seen
         assert seen is not None
         z, alone = measure.first_order(gram, seen.losses, seen.finite, seen.lr, seen.push)
-        found, joint = {"cosine": measure.cosines(gram)}, None
+        found, joint = {"cosine": gradient_cosines(gram)}, None
         if seen.ahead is not None:
             found["first_order"] = z
             z, joint, alone = seen.ahead

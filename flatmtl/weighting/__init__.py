@@ -7,14 +7,20 @@ from typing import Any, NamedTuple
 
 from flatmtl.weighting._base import SolveStatus, Weighting
 from flatmtl.weighting.aligned_mtl import AlignedMTL
+from flatmtl.weighting.bmtl import BMTL
 from flatmtl.weighting.cagrad import CAGrad
 from flatmtl.weighting.config import ConFIG
 from flatmtl.weighting.constant import Constant
 from flatmtl.weighting.cr_mogm import CRMOGM
 from flatmtl.weighting.dualproj import DualProj
+from flatmtl.weighting.dwa import DWA
 from flatmtl.weighting.fairgrad import FairGrad
+from flatmtl.weighting.famo import FAMO
+from flatmtl.weighting.gls import GLS
+from flatmtl.weighting.go4align import GO4Align
 from flatmtl.weighting.gradvac import GradVac
 from flatmtl.weighting.imtl_g import IMTLG
+from flatmtl.weighting.imtl_l import IMTLL
 from flatmtl.weighting.krum import Krum
 from flatmtl.weighting.mean import Mean
 from flatmtl.weighting.mgda import MGDA
@@ -24,23 +30,35 @@ from flatmtl.weighting.pcd import PCD
 from flatmtl.weighting.pcgrad import PCGrad
 from flatmtl.weighting.pivrg import PIVRG
 from flatmtl.weighting.random_loss import RandomLossWeighting
+from flatmtl.weighting.scale_invariant import ScaleInvariant
 from flatmtl.weighting.sdmgrad import SDMGrad
+from flatmtl.weighting.slaw import SLAW
+from flatmtl.weighting.stch import STCH
 from flatmtl.weighting.sum import Sum
 from flatmtl.weighting.upgrad import UPGrad
+from flatmtl.weighting.uw import UncertaintyWeighting
 
 __all__ = [
+    "BMTL",
     "CRMOGM",
+    "DWA",
+    "FAMO",
+    "GLS",
     "IMTLG",
+    "IMTLL",
     "METHODS",
     "MGDA",
     "PCD",
     "PIVRG",
+    "SLAW",
+    "STCH",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
     "Constant",
     "DualProj",
     "FairGrad",
+    "GO4Align",
     "GradVac",
     "Krum",
     "Mean",
@@ -50,9 +68,11 @@ __all__ = [
     "PCGrad",
     "RandomLossWeighting",
     "SDMGrad",
+    "ScaleInvariant",
     "SolveStatus",
     "Sum",
     "UPGrad",
+    "UncertaintyWeighting",
     "Weighting",
     "by_name",
     "methods",
@@ -81,6 +101,16 @@ METHODS: dict[str, type[Weighting]] = {
     "modo": MoDo,
     "cr_mogm": CRMOGM,
     "rlw": RandomLossWeighting,
+    "slaw": SLAW,
+    "famo": FAMO,
+    "uw": UncertaintyWeighting,
+    "imtl_l": IMTLL,
+    "dwa": DWA,
+    "gls": GLS,
+    "si": ScaleInvariant,
+    "bmtl": BMTL,
+    "stch": STCH,
+    "go4align": GO4Align,
 }
 
 
