@@ -15,11 +15,11 @@ import torch
 from scipy import stats as scipy_stats
 
 from bench.methods import cells, data, nets, run, stats, store
-from bench.methods.cells import DECOMPOSED, DIRECT, PLAIN, SINGLE, Cell
+from bench.methods.cells import DECOMPOSED, DIRECT, PLAIN, SINGLE, WIDE, Cell
 from bench.methods.settings import FULL, QUICK, Setting
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
-SETTING = Setting(60, 20, 20, batch=20, epochs=2, lr=1e-3, rho=0.05, width=4)
+SETTING = Setting(60, 20, 20, batch=20, epochs=2, lr=1e-3, rho=0.07, wide=0.3, width=4)
 
 
 def adult_row(rng, income, extra=""):
@@ -234,6 +234,8 @@ def test_seeds_stand_outermost_and_every_cell_has_its_own_key():
     found = cells.all_cells(["a", "b"], ["mean", "rlw"], 3)
     assert [cell.seed for cell in found] == sorted(cell.seed for cell in found)
     assert len({cell.key for cell in found}) == len(found)
+    kinds = [(c.method, c.sharpness) for c in cells.all_cells(["a"], ["pcgrad"], 1, [WIDE, DIRECT])]
+    assert kinds == [("pcgrad", WIDE), ("pcgrad", DIRECT)]
     first = [(c.method, c.sharpness) for c in found if c.seed == 0 and c.dataset == "a"]
     assert first == [
         (SINGLE, PLAIN), (SINGLE, DECOMPOSED), ("mean", PLAIN), ("mean", DECOMPOSED),
@@ -251,31 +253,35 @@ def test_the_issue_s_least_is_there():
 def test_a_fingerprint_knows_all_that_a_result_follows_from():
     cell = Cell("adult", "mean", PLAIN, 0)
     marks = [
-        cells.fingerprint(cell, SETTING, 1),
-        cells.fingerprint(cell, SETTING, 2),
-        cells.fingerprint(replace(cell, seed=1), SETTING, 1),
-        cells.fingerprint(replace(cell, sharpness=DECOMPOSED), SETTING, 1),
+        cells.fingerprint(cell, SETTING, 1, "test"),
+        cells.fingerprint(cell, SETTING, 2, "test"),
+        cells.fingerprint(cell, SETTING, 1, "validation"),
+        cells.fingerprint(replace(cell, seed=1), SETTING, 1, "test"),
+        cells.fingerprint(replace(cell, sharpness=DECOMPOSED), SETTING, 1, "test"),
         *(
-            cells.fingerprint(cell, replace(SETTING, **{field: getattr(SETTING, field) + 1}), 1)
+            cells.fingerprint(
+                cell, replace(SETTING, **{field: getattr(SETTING, field) + 1}), 1, "test"
+            )
             for field in SETTING.__dataclass_fields__
         ),
     ]
     assert len(set(marks)) == len(marks)
-    assert cells.fingerprint(cell, SETTING, 1) == marks[0]
+    assert cells.fingerprint(cell, SETTING, 1, "test") == marks[0]
 
 
 @pytest.mark.parametrize("sharpness", cells.SHARPNESS)
 def test_a_cell_trains_as_its_name_says(sharpness):
     model = torch.nn.Linear(1, 1)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = cells.make_optimizer(model, base, Cell("adult", "cagrad", sharpness, 0), 0.07)
+    optimizer = cells.make_optimizer(model, base, Cell("adult", "cagrad", sharpness, 0), SETTING)
     assert type(optimizer.weighting).__name__ == "CAGrad"
     if sharpness == PLAIN:
         assert optimizer.sharpness is None
     else:
-        assert optimizer.sharpness.rho == 0.07
-        expected = {DECOMPOSED: "decomposed", DIRECT: "direct"}[sharpness]
-        assert optimizer.sharpness.aggregate == expected
+        assert optimizer.sharpness.rho == (0.3 if "wide" in sharpness else 0.07)
+        assert optimizer.sharpness.aggregate == (
+            "direct" if sharpness.endswith("direct") else "decomposed"
+        )
 
 
 def test_training_learns_repeats_and_differs_by_seed(tmp_path, rng):
@@ -287,7 +293,7 @@ def test_training_learns_repeats_and_differs_by_seed(tmp_path, rng):
     cell = Cell("tox21", "mean", PLAIN, 0)
     model = cells._trained(loaded, setting, cell, list(range(12)))
     assert nets.metrics(model, loaded.train, loaded, [0])[0] > 95
-    found = [cells.train(loaded, SETTING, c)["test"] for c in (cell, cell, replace(cell, seed=1))]
+    found = [cells.train(loaded, SETTING, c, "test") for c in (cell, cell, replace(cell, seed=1))]
     np.testing.assert_array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2], equal_nan=True)
 
@@ -297,13 +303,13 @@ def test_single_tasks_are_networks_of_their_own(tmp_path, rng):
     make_adult(tmp_path, rng)
     loaded = data.load("adult", tmp_path, SETTING, 0, tmp_path / "cache")
     cell = Cell("adult", SINGLE, PLAIN, 0)
-    found = cells.train(loaded, SETTING, cell)["test"]
+    found = cells.train(loaded, SETTING, cell, "test")
     alone = [
         nets.metrics(cells._trained(loaded, SETTING, cell, [k]), loaded.test, loaded, [k])[0]
         for k in range(3)
     ]
     assert found == alone
-    together = cells.train(loaded, SETTING, replace(cell, method="mean"))["test"]
+    together = cells.train(loaded, SETTING, replace(cell, method="mean"), "test")
     assert found != together
 
 
@@ -361,7 +367,7 @@ def test_worker_processes_give_what_one_process_gives(job, monkeypatch):
     results = run.run(job, todo, 1, lambda line: None)
     monkeypatch.setattr(run._Worker, "job", job, raising=False)
     monkeypatch.setattr(run._Worker, "loaded", None)
-    assert run.work(todo[0])["test"] == results[0]["test"]
+    assert run.work(todo[0])["metrics"] == results[0]["metrics"]
 
 
 # ---------------------------------------------------------------- statistics
@@ -412,7 +418,7 @@ def made_up_results():
         ("qm8", "rlw", PLAIN): [[4e-3] * 12, [3e-3] * 12],  # 100, 50
     }
     done = [
-        {"dataset": d, "method": m, "sharpness": s, "seed": seed, "test": row, "seconds": 2.0}
+        {"dataset": d, "method": m, "sharpness": s, "seed": seed, "metrics": row, "seconds": 2.0}
         for (d, m, s), rows in test.items()
         for seed, row in enumerate(rows)
     ]
@@ -428,7 +434,6 @@ def made_up_results():
 
 @pytest.fixture
 def results():
-    pytest.importorskip("flatmtl.measures")
     from bench.methods.results import Results
 
     return Results(made_up_results())
@@ -463,7 +468,7 @@ def test_tables_have_these_numbers(results):
     sharp = report.sharpness_effect(results)
     assert "| mean | -5.00 ± 0.00 | -25.00 ± " in sharp and "rlw" not in sharp
     assert "-25.00 ± 317.66" in sharp  # t of one degree of freedom: 12.706 * 35.36 / sqrt(2)
-    direct = report.direct_effect(results)
+    direct = report.direct_effect(results, DECOMPOSED, DIRECT)
     assert "| mean | +0.00 ± 0.00 | -25.00 ± 317.66 | -12.50 ± 158.83 |" in direct
     images = report.dataset_table(results, "multifashion", times)
     assert "| mean | 52.50 | 80.00 | 66.25 ± 15.88 | 1.8 | -2.50 ± 31.77 | 10.0 |" in images

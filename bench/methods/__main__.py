@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from bench.methods.cells import METHODS
+    from bench.methods.cells import METHODS, SHARPNESS
     from bench.methods.settings import FULL
 
     parser = argparse.ArgumentParser(prog="python -m bench.methods", description=__doc__)
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workers", type=_positive, default=2, help="processes (default: 2)")
         sub.add_argument("--datasets", nargs="+", choices=list(FULL), default=list(FULL))
         sub.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+        sub.add_argument("--sharpness", nargs="+", choices=SHARPNESS, default=SHARPNESS)
         sub.add_argument("--seeds", type=_positive, help="default: 3, with --quick 1")
     return parser
 
@@ -88,7 +89,9 @@ def _job(args: argparse.Namespace):
 def _cells(args: argparse.Namespace):
     from bench.methods.cells import all_cells
 
-    return all_cells(args.datasets, args.methods, args.seeds or (1 if args.quick else 3))
+    return all_cells(
+        args.datasets, args.methods, args.seeds or (1 if args.quick else 3), args.sharpness
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -10,18 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 import flatmtl
 from bench.methods.data import Data
 from bench.methods.nets import Network, metrics
 from bench.methods.settings import VERSION, Setting
 from examples.many_networks import adam, batches
-from flatmtl.weighting import METHODS as KNOWN
 from flatmtl.weighting import Weighting, by_name
 
 SINGLE = "single"  # a network of its own for every task: what Delta_m compares with
 
-#: label -> a seed's weighting. A method more is a line more; those that flatmtl lacks are left out.
+#: label -> a seed's weighting. A method more is a line more.
 TABLE: dict[str, Callable[[int], Weighting]] = {
     "mean": lambda seed: by_name("mean"),
     "rlw": lambda seed: by_name("rlw", seed=seed),
@@ -36,12 +36,18 @@ TABLE: dict[str, Callable[[int], Weighting]] = {
     "upgrad": lambda seed: by_name("upgrad"),
     "config": lambda seed: by_name("config"),
 }
-METHODS = [label for label in TABLE if label in KNOWN]
+METHODS = list(TABLE)
 
 PLAIN, DECOMPOSED, DIRECT = "plain", "sam", "sam_direct"
-SHARPNESS = PLAIN, DECOMPOSED, DIRECT
-#: methods that are also run with SAM aggregated directly
+WIDE, WIDE_DIRECT = "sam_wide", "sam_wide_direct"  # both at the setting's larger radius
+SHARPNESS = PLAIN, DECOMPOSED, DIRECT, WIDE, WIDE_DIRECT
+#: methods that are also run with SAM aggregated directly; at the larger radius all but the first
 COMPARED_DIRECT = ("mean", "pcgrad", "cagrad", "imtl_g")
+_ONLY = {
+    DIRECT: COMPARED_DIRECT,
+    WIDE: COMPARED_DIRECT[1:],
+    WIDE_DIRECT: COMPARED_DIRECT[1:],
+}
 
 
 @dataclass(frozen=True)
@@ -59,47 +65,54 @@ class Cell:
         return f"{self.dataset}-{self.method}-{self.sharpness}-{self.seed}"
 
 
-def all_cells(datasets: Sequence[str], methods: Sequence[str], seeds: int) -> list[Cell]:
+def all_cells(
+    datasets: Sequence[str],
+    methods: Sequence[str],
+    seeds: int,
+    kinds: Sequence[str] = SHARPNESS,
+) -> list[Cell]:
     """Every cell, the seeds outermost: what is done after any time is a comparison."""
     return [
         Cell(dataset, method, sharpness, seed)
         for seed in range(seeds)
         for dataset in datasets
         for method in (SINGLE, *methods)
-        for sharpness in SHARPNESS
-        if sharpness != DIRECT or method in COMPARED_DIRECT
+        for sharpness in kinds
+        if method in _ONLY.get(sharpness, (method,))
     ]
 
 
-def fingerprint(cell: Cell, setting: Setting, checksum: int) -> str:
+def fingerprint(cell: Cell, setting: Setting, checksum: int, part: str) -> str:
     """Of all that a cell's result follows from, but for the code: that has ``VERSION``."""
-    about: dict[str, Any] = {**asdict(cell), **asdict(setting), "data": checksum, "v": VERSION}
+    about: dict[str, Any] = {**asdict(cell), **asdict(setting)}
+    about.update(data=checksum, part=part, version=VERSION)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def make_optimizer(
-    model: Network, base: torch.optim.Optimizer, cell: Cell, rho: float
+    model: nn.Module, base: torch.optim.Optimizer, cell: Cell, setting: Setting
 ) -> flatmtl.MultiTaskOptimizer:
     """The optimizer of a cell."""
     label = "mean" if cell.method == SINGLE else cell.method
     sharpness = None
     if cell.sharpness != PLAIN:
-        aggregate = "direct" if cell.sharpness == DIRECT else "decomposed"
-        sharpness = flatmtl.SAM(rho, aggregate=aggregate)
+        aggregate = "direct" if cell.sharpness in (DIRECT, WIDE_DIRECT) else "decomposed"
+        wide = cell.sharpness in (WIDE, WIDE_DIRECT)
+        sharpness = flatmtl.SAM(setting.wide if wide else setting.rho, aggregate=aggregate)
     return flatmtl.MultiTaskOptimizer(
         base, weighting=TABLE[label](cell.seed), sharpness=sharpness, model=model
     )
 
 
-def train(data: Data, setting: Setting, cell: Cell) -> dict[str, list[float]]:
-    """The metrics of a cell's tasks after its last step: part of the data -> [T]."""
+def train(data: Data, setting: Setting, cell: Cell, part: str) -> list[float]:
+    """The metrics of a cell's tasks after its last step, on "validation" or "test" samples: [T]."""
     everyone = list(range(len(data.tasks)))
-    groups = [[task] for task in everyone] if cell.method == SINGLE else [everyone]
-    found: dict[str, list[float]] = {"validation": [], "test": []}
-    for tasks in groups:
-        model = _trained(data, setting, cell, tasks)
-        found["validation"] += metrics(model, data.validation, data, tasks)
-        found["test"] += metrics(model, data.test, data, tasks)
+    samples = {"validation": data.validation, "test": data.test}[part]
+    if cell.method != SINGLE:
+        return metrics(_trained(data, setting, cell, everyone), samples, data, everyone)
+    found = []
+    for task in everyone:
+        found += metrics(_trained(data, setting, cell, [task]), samples, data, [task])
     return found
 
 
@@ -108,7 +121,7 @@ def _trained(data: Data, setting: Setting, cell: Cell, tasks: list[int]) -> Netw
     torch.manual_seed(cell.seed)
     model = Network(data, setting.width)
     base, schedule = adam(model, setting.lr, setting.steps)
-    optimizer = make_optimizer(model, base, cell, setting.rho)
+    optimizer = make_optimizer(model, base, cell, setting)
     rows = torch.arange(len(data.train.x)).numpy()
     for epoch in batches(rows, setting.batch, setting.epochs, cell.seed):
         for batch in epoch:

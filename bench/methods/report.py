@@ -8,13 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.methods.cells import COMPARED_DIRECT, DECOMPOSED, DIRECT, PLAIN, SINGLE
+from bench.methods.cells import (
+    COMPARED_DIRECT,
+    DECOMPOSED,
+    DIRECT,
+    PLAIN,
+    SINGLE,
+    WIDE,
+    WIDE_DIRECT,
+)
 from bench.methods.collect import SHOWN
 from bench.methods.results import Results, Row
 from bench.methods.stats import Estimate, holm, over_seeds, stratified
 
 Times = dict[str, dict[str, dict[str, float]]]
-_SHARPNESS = {PLAIN: "", DECOMPOSED: " + SAM", DIRECT: " + SAM, direct"}
+_SHARPNESS = {
+    PLAIN: "",
+    DECOMPOSED: " + SAM",
+    DIRECT: " + SAM, direct",
+    WIDE: " + wide SAM",
+    WIDE_DIRECT: " + wide SAM, direct",
+}
 
 
 def write_report(source: Path, page: Path) -> None:
@@ -27,7 +41,8 @@ def write_report(source: Path, page: Path) -> None:
         "run": run_block(results),
         "overall": overall(results, times),
         "sharpness": sharpness_effect(results),
-        "direct": direct_effect(results),
+        "direct": direct_effect(results, DECOMPOSED, DIRECT),
+        "wide": direct_effect(results, WIDE, WIDE_DIRECT),
         **{name: dataset_table(results, name, times) for name in results.datasets},
     }
     if scanned.exists():
@@ -88,14 +103,27 @@ def run_block(results: Results) -> str:
     for cell in results.failed:
         where = f"{cell['dataset']}, {cell['method']}{_SHARPNESS[cell['sharpness']]}"
         lines.append(f"Failed: {where}, seed {cell['seed']}: `{cell['error'][:200]}`")
-    header = ["data set", "train", "test", "batch", "epochs", "steps", "width", "rate", "rho"]
+    header = [
+        "data set",
+        "train",
+        "test",
+        "batch",
+        "epochs",
+        "steps",
+        "width",
+        "rate",
+        "rho",
+        "wide",
+    ]
     rows = []
     for name in results.datasets:
         s = results.about["settings"][name]
         steps = s["epochs"] * (s["train"] // s["batch"])
         width = str(s["width"] or "–")
         sizes = [s["train"], s["test"], s["batch"], s["epochs"], steps]
-        rows.append([name, *map(str, sizes), width, f"{s['lr']:g}", f"{s['rho']:g}"])
+        rows.append(
+            [name, *map(str, sizes), width, *(f"{s[field]:g}" for field in ("lr", "rho", "wide"))]
+        )
     return "\n\n".join(lines) + "\n\n" + table(header, rows)
 
 
@@ -195,30 +223,28 @@ def sharpness_effect(results: Results) -> str:
     """Delta_m with SAM minus Delta_m without, method by method, in pairs of seeds."""
     both = [m for m in results.methods(PLAIN) if m in results.methods(DECOMPOSED)]
     rows: list[str] = [SINGLE, *both] if _single_flat(results) else both
-    return _differences(results, [((m, DECOMPOSED), (m, PLAIN)) for m in rows], "all methods")
+    return _differences(
+        results, [((m, DECOMPOSED), (m, PLAIN)) for m in rows], "all but single-task", SINGLE
+    )
 
 
 def _single_flat(results: Results) -> bool:
     return all(results.has(name, (SINGLE, DECOMPOSED)) for name in results.datasets)
 
 
-def direct_effect(results: Results) -> str:
+def direct_effect(results: Results, decomposed: str, direct: str) -> str:
     """Delta_m decomposed minus Delta_m direct at the same radius, in pairs of seeds."""
-    there = [
-        m
-        for m in COMPARED_DIRECT
-        if m in results.methods(DECOMPOSED) and m in results.methods(DIRECT)
-    ]
-    return _differences(
-        results, [((m, DECOMPOSED), (m, DIRECT)) for m in there], "all but mean", {"mean"}
-    )
+    both = set(results.methods(decomposed)) & set(results.methods(direct))
+    there = [method for method in COMPARED_DIRECT if method in both]
+    pairs = [((m, decomposed), (m, direct)) for m in there]
+    return _differences(results, pairs, "all but mean", "mean")
 
 
 def _differences(
     results: Results,
     pairs: list[tuple[Row, Row]],
     together: str,
-    apart: frozenset | set = frozenset({SINGLE}),
+    apart: str,
 ) -> str:
     """First row of a pair minus the second: on each data set, over all, and the methods together."""
     if not pairs:
@@ -235,7 +261,7 @@ def _differences(
         ]
         for pair, value, estimate, p in zip(pairs, values, estimates, adjusted, strict=True)
     ]
-    pooled = [v for pair, v in zip(pairs, values, strict=True) if pair[0][0] not in apart]
+    pooled = [v for pair, v in zip(pairs, values, strict=True) if pair[0][0] != apart]
     if len(pooled) > 1:
         mean = np.mean(pooled, axis=0)  # of the methods, whose noise is not independent: [D, S]
         estimate = stratified(mean)

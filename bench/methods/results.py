@@ -30,7 +30,7 @@ class Results:
         self.failed = [cell for cell in content["cells"] if "error" in cell]
         done = [cell for cell in content["cells"] if "error" not in cell]
         self._test = {
-            (c["dataset"], c["method"], c["sharpness"], c["seed"]): np.array(c["test"])
+            (c["dataset"], c["method"], c["sharpness"], c["seed"]): np.array(c["metrics"])
             for c in done
         }
         self.count = len(done)

@@ -27,6 +27,7 @@ class Job:
     out: Path
     settings: Mapping[str, Setting]
     checksums: Mapping[str, int]
+    part: str = "test"  # the samples that a trained network is judged by
 
     @property
     def store(self) -> Store:
@@ -35,7 +36,8 @@ class Job:
 
     def fingerprint(self, cell: Cell) -> str:
         """Of a cell in this run."""
-        return fingerprint(cell, self.settings[cell.dataset], self.checksums[cell.dataset])
+        name = cell.dataset
+        return fingerprint(cell, self.settings[name], self.checksums[name], self.part)
 
     def known(self, cell: Cell) -> Result | None:
         """A cell's result, if it has one in this run's settings."""
@@ -92,8 +94,8 @@ def run(
 def _line(cell: Cell, result: Result) -> str:
     if not finished(result):
         return f"{cell.key}: FAILED: {result['error']}"
-    test = sum(result["test"]) / len(result["test"])
-    return f"{cell.key}: mean test metric {test:.4g}, {result['seconds']:.1f} s"
+    mean = sum(result["metrics"]) / len(result["metrics"])
+    return f"{cell.key}: {mean:.4g} (mean of the tasks), {result['seconds']:.1f} s"
 
 
 def _results(job: Job, cells: list[Cell], workers: int) -> Iterator[tuple[Cell, Result]]:
@@ -132,7 +134,7 @@ def work(cell: Cell) -> Result:
             args = (cell.dataset, job.folder, setting, cell.seed, job.out / "cache")
             _Worker.loaded = which, data.load(*args)
         begin = time.thread_time()
-        found = train(_Worker.loaded[1], setting, cell)
+        found = train(_Worker.loaded[1], setting, cell, job.part)
         return job.store.put(cell, mark, found, time.thread_time() - begin)
     except Exception as error:  # what a method raises belongs into the table
         return job.store.fail(cell, mark, f"{type(error).__name__}: {error}")

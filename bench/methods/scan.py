@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -50,7 +49,8 @@ def _try(
     for at in range(max(map(len, values.values()))):
         tried = {name: choices[at] for name, choices in values.items() if at < len(choices)}
         settings = {name: replace(job.settings[name], **{field: v}) for name, v in tried.items()}
-        one = replace(job, settings=settings, out=Path(job.out) / "scan" / f"{field}{at}")
+        out = job.out / "scan" / f"{field}{at}"
+        one = replace(job, settings=settings, out=out, part="validation")
         cells = [Cell(name, "mean", sharpness, 0) for name in tried]
         run(one, cells, workers, say)
         for cell in cells:
@@ -62,4 +62,4 @@ def _try(
 
 def _score(result: Result | None) -> float:
     assert result is not None
-    return float(f"{mean(result['validation']):.5g}")
+    return float(f"{mean(result['metrics']):.5g}")

@@ -27,15 +27,13 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def put(
-        self, cell: Cell, fingerprint: str, found: dict[str, list[float]], seconds: float
-    ) -> Result:
+    def put(self, cell: Cell, fingerprint: str, metrics: list[float], seconds: float) -> Result:
         """Keeps a finished cell."""
         result = {
             **asdict(cell),
             "fingerprint": fingerprint,
             "seconds": round(seconds, 2),
-            **{part: [float(f"{value:.6g}") for value in values] for part, values in found.items()},
+            "metrics": [float(f"{value:.6g}") for value in metrics],
         }
         write(self._path(cell), result)
         return result
