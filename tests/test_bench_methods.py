@@ -247,7 +247,7 @@ def test_the_issue_s_least_is_there():
     assert len(cells.METHODS) >= 12 and len(FULL) == 5 and list(QUICK) == list(FULL)
     assert set(cells.COMPARED_DIRECT) <= set(cells.METHODS)
     for label in cells.METHODS:
-        assert isinstance(cells.TABLE[label](1), cells.Weighting)
+        assert isinstance(cells.TABLE[label](1, 5), cells.Weighting)
 
 
 def test_a_fingerprint_knows_all_that_a_result_follows_from():
@@ -353,7 +353,7 @@ def test_a_finished_cell_is_not_run_again_and_a_half_written_one_is(job, monkeyp
 def test_a_cell_that_fails_is_kept_shown_and_tried_again(job, monkeypatch):
     todo = [Cell("adult", "mean", PLAIN, 0), Cell("adult", "rlw", PLAIN, 0)]
     with monkeypatch.context() as patch:
-        patch.setitem(cells.TABLE, "rlw", lambda seed: 1 / 0)
+        patch.setitem(cells.TABLE, "rlw", lambda seed, epoch: 1 / 0)
         done, lines = worked(job, todo, patch)
     assert done == todo
     assert sum("rlw-plain-0: FAILED: ZeroDivisionError" in line for line in lines) == 2

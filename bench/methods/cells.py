@@ -21,20 +21,28 @@ from flatmtl.weighting import Weighting, by_name
 
 SINGLE = "single"  # a network of its own for every task: what Delta_m compares with
 
-#: label -> a seed's weighting. A method more is a line more.
-TABLE: dict[str, Callable[[int], Weighting]] = {
-    "mean": lambda seed: by_name("mean"),
-    "rlw": lambda seed: by_name("rlw", seed=seed),
-    "pcgrad": lambda seed: by_name("pcgrad", seed=seed),
-    "gradvac": lambda seed: by_name("gradvac", seed=seed),
-    "mgda": lambda seed: by_name("mgda"),
-    "cagrad": lambda seed: by_name("cagrad"),
-    "nash_mtl": lambda seed: by_name("nash_mtl"),
-    "fairgrad": lambda seed: by_name("fairgrad"),
-    "imtl_g": lambda seed: by_name("imtl_g"),
-    "aligned_mtl": lambda seed: by_name("aligned_mtl"),
-    "upgrad": lambda seed: by_name("upgrad"),
-    "config": lambda seed: by_name("config"),
+#: label -> the weighting for a seed and for so many steps an epoch. A method more is a line more.
+TABLE: dict[str, Callable[[int, int], Weighting]] = {
+    "mean": lambda seed, epoch: by_name("mean"),
+    "rlw": lambda seed, epoch: by_name("rlw", seed=seed),
+    "pcgrad": lambda seed, epoch: by_name("pcgrad", seed=seed),
+    "gradvac": lambda seed, epoch: by_name("gradvac", seed=seed),
+    "mgda": lambda seed, epoch: by_name("mgda"),
+    "cagrad": lambda seed, epoch: by_name("cagrad"),
+    "nash_mtl": lambda seed, epoch: by_name("nash_mtl"),
+    "fairgrad": lambda seed, epoch: by_name("fairgrad"),
+    "imtl_g": lambda seed, epoch: by_name("imtl_g"),
+    "aligned_mtl": lambda seed, epoch: by_name("aligned_mtl"),
+    "upgrad": lambda seed, epoch: by_name("upgrad"),
+    "config": lambda seed, epoch: by_name("config"),
+    "uw": lambda seed, epoch: by_name("uw"),
+    "imtl_l": lambda seed, epoch: by_name("imtl_l"),
+    "dwa": lambda seed, epoch: by_name("dwa", steps=epoch),
+    "famo": lambda seed, epoch: by_name("famo"),
+    "slaw": lambda seed, epoch: by_name("slaw"),
+    "stch": lambda seed, epoch: by_name("stch", warmup=epoch),
+    "si": lambda seed, epoch: by_name("si"),
+    "gls": lambda seed, epoch: by_name("gls"),
 }
 METHODS = list(TABLE)
 
@@ -94,14 +102,13 @@ def make_optimizer(
 ) -> flatmtl.MultiTaskOptimizer:
     """The optimizer of a cell."""
     label = "mean" if cell.method == SINGLE else cell.method
+    weighting = TABLE[label](cell.seed, setting.train // setting.batch)
     sharpness = None
     if cell.sharpness != PLAIN:
         aggregate = "direct" if cell.sharpness in (DIRECT, WIDE_DIRECT) else "decomposed"
         wide = cell.sharpness in (WIDE, WIDE_DIRECT)
         sharpness = flatmtl.SAM(setting.wide if wide else setting.rho, aggregate=aggregate)
-    return flatmtl.MultiTaskOptimizer(
-        base, weighting=TABLE[label](cell.seed), sharpness=sharpness, model=model
-    )
+    return flatmtl.MultiTaskOptimizer(base, weighting=weighting, sharpness=sharpness, model=model)
 
 
 def train(data: Data, setting: Setting, cell: Cell, part: str) -> list[float]:

@@ -30,8 +30,8 @@ class Setting:
         return self.epochs * (self.train // self.batch)
 
 
-_IMAGES = Setting(960, 1000, 2000, batch=32, epochs=4, lr=3e-3, rho=0.005, wide=0.02)
-_TABLE = {"batch": 128, "epochs": 4, "lr": 1e-2, "rho": 0.02, "wide": 0.1, "width": 64}
+_IMAGES = Setting(640, 1000, 2000, batch=32, epochs=4, lr=3e-3, rho=0.005, wide=0.02)
+_TABLE = {"batch": 128, "epochs": 3, "lr": 1e-2, "rho": 0.02, "wide": 0.1, "width": 64}
 
 FULL = {
     "multifashion": _IMAGES,
@@ -42,7 +42,7 @@ FULL = {
 }
 
 QUICK = {
-    name: replace(setting, train=setting.train // 2, test=min(setting.test, 2000), epochs=2)
+    name: replace(setting, train=setting.train // 2, test=min(setting.test, 2000))
     for name, setting in FULL.items()
 }
 
