@@ -247,7 +247,7 @@ def test_the_issue_s_least_is_there():
     assert len(cells.METHODS) >= 12 and len(FULL) == 5 and list(QUICK) == list(FULL)
     assert set(cells.COMPARED_DIRECT) <= set(cells.METHODS)
     for label in cells.METHODS:
-        assert isinstance(cells.TABLE[label](1, 5), cells.Weighting)
+        assert isinstance(cells.TABLE[label](cells.Run(1, 3, 5)), cells.Weighting)
 
 
 def test_a_fingerprint_knows_all_that_a_result_follows_from():
@@ -273,7 +273,7 @@ def test_a_fingerprint_knows_all_that_a_result_follows_from():
 def test_a_cell_trains_as_its_name_says(sharpness):
     model = torch.nn.Linear(1, 1)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = cells.make_optimizer(model, base, Cell("adult", "cagrad", sharpness, 0), SETTING)
+    optimizer = cells.make_optimizer(model, base, Cell("adult", "cagrad", sharpness, 0), SETTING, 2)
     assert type(optimizer.weighting).__name__ == "CAGrad"
     if sharpness == PLAIN:
         assert optimizer.sharpness is None
@@ -298,18 +298,28 @@ def test_training_learns_repeats_and_differs_by_seed(tmp_path, rng):
     assert not np.array_equal(found[0], found[2], equal_nan=True)
 
 
+@pytest.mark.parametrize("sharpness", [PLAIN, DECOMPOSED])
+@pytest.mark.parametrize("method", cells.METHODS)
+def test_every_method_trains(tmp_path, rng, method, sharpness):
+    make_adult(tmp_path, rng)
+    loaded = data.load("adult", tmp_path, SETTING, 0, tmp_path / "cache")
+    found = cells.train(loaded, SETTING, Cell("adult", method, sharpness, 0), "test")
+    assert len(found) == 3 and all(0 <= value <= 100 for value in found)
+
+
 def test_single_tasks_are_networks_of_their_own(tmp_path, rng):
     """The mean of one task is that task: its network is that of a training that knows no other."""
     make_adult(tmp_path, rng)
     loaded = data.load("adult", tmp_path, SETTING, 0, tmp_path / "cache")
+    setting = replace(SETTING, lr=3e-2, epochs=5, width=8)
     cell = Cell("adult", SINGLE, PLAIN, 0)
-    found = cells.train(loaded, SETTING, cell, "test")
+    found = cells.train(loaded, setting, cell, "test")
     alone = [
-        nets.metrics(cells._trained(loaded, SETTING, cell, [k]), loaded.test, loaded, [k])[0]
+        nets.metrics(cells._trained(loaded, setting, cell, [k]), loaded.test, loaded, [k])[0]
         for k in range(3)
     ]
     assert found == alone
-    together = cells.train(loaded, SETTING, replace(cell, method="mean"), "test")
+    together = cells.train(loaded, setting, replace(cell, method="mean"), "test")
     assert found != together
 
 
@@ -353,7 +363,7 @@ def test_a_finished_cell_is_not_run_again_and_a_half_written_one_is(job, monkeyp
 def test_a_cell_that_fails_is_kept_shown_and_tried_again(job, monkeypatch):
     todo = [Cell("adult", "mean", PLAIN, 0), Cell("adult", "rlw", PLAIN, 0)]
     with monkeypatch.context() as patch:
-        patch.setitem(cells.TABLE, "rlw", lambda seed, epoch: 1 / 0)
+        patch.setitem(cells.TABLE, "rlw", lambda run: 1 / 0)
         done, lines = worked(job, todo, patch)
     assert done == todo
     assert sum("rlw-plain-0: FAILED: ZeroDivisionError" in line for line in lines) == 2

@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import flatmtl
 from bench.methods.data import Data
@@ -21,28 +22,37 @@ from flatmtl.weighting import Weighting, by_name
 
 SINGLE = "single"  # a network of its own for every task: what Delta_m compares with
 
-#: label -> the weighting for a seed and for so many steps an epoch. A method more is a line more.
-TABLE: dict[str, Callable[[int, int], Weighting]] = {
-    "mean": lambda seed, epoch: by_name("mean"),
-    "rlw": lambda seed, epoch: by_name("rlw", seed=seed),
-    "pcgrad": lambda seed, epoch: by_name("pcgrad", seed=seed),
-    "gradvac": lambda seed, epoch: by_name("gradvac", seed=seed),
-    "mgda": lambda seed, epoch: by_name("mgda"),
-    "cagrad": lambda seed, epoch: by_name("cagrad"),
-    "nash_mtl": lambda seed, epoch: by_name("nash_mtl"),
-    "fairgrad": lambda seed, epoch: by_name("fairgrad"),
-    "imtl_g": lambda seed, epoch: by_name("imtl_g"),
-    "aligned_mtl": lambda seed, epoch: by_name("aligned_mtl"),
-    "upgrad": lambda seed, epoch: by_name("upgrad"),
-    "config": lambda seed, epoch: by_name("config"),
-    "uw": lambda seed, epoch: by_name("uw"),
-    "imtl_l": lambda seed, epoch: by_name("imtl_l"),
-    "dwa": lambda seed, epoch: by_name("dwa", steps=epoch),
-    "famo": lambda seed, epoch: by_name("famo"),
-    "slaw": lambda seed, epoch: by_name("slaw"),
-    "stch": lambda seed, epoch: by_name("stch", warmup=epoch),
-    "si": lambda seed, epoch: by_name("si"),
-    "gls": lambda seed, epoch: by_name("gls"),
+
+class Run(NamedTuple):
+    """What a method may want to know of a training."""
+
+    seed: int
+    tasks: int
+    epoch: int  # steps of one
+
+
+#: label -> the weighting for a training. A method more is a line more.
+TABLE: dict[str, Callable[[Run], Weighting]] = {
+    "mean": lambda run: by_name("mean"),
+    "rlw": lambda run: by_name("rlw", seed=run.seed),
+    "pcgrad": lambda run: by_name("pcgrad", seed=run.seed),
+    "gradvac": lambda run: by_name("gradvac", seed=run.seed),
+    "mgda": lambda run: by_name("mgda"),
+    "cagrad": lambda run: by_name("cagrad"),
+    "nash_mtl": lambda run: by_name("nash_mtl"),
+    "fairgrad": lambda run: by_name("fairgrad"),
+    "imtl_g": lambda run: by_name("imtl_g"),
+    "aligned_mtl": lambda run: by_name("aligned_mtl"),
+    "upgrad": lambda run: by_name("upgrad"),
+    "config": lambda run: by_name("config"),
+    "uw": lambda run: by_name("uw", tasks=run.tasks),
+    "imtl_l": lambda run: by_name("imtl_l", tasks=run.tasks),
+    "dwa": lambda run: by_name("dwa", steps=run.epoch),
+    "famo": lambda run: by_name("famo"),
+    "slaw": lambda run: by_name("slaw"),
+    "stch": lambda run: by_name("stch", warmup=run.epoch),
+    "si": lambda run: by_name("si"),
+    "gls": lambda run: by_name("gls"),
 }
 METHODS = list(TABLE)
 
@@ -98,11 +108,11 @@ def fingerprint(cell: Cell, setting: Setting, checksum: int, part: str) -> str:
 
 
 def make_optimizer(
-    model: nn.Module, base: torch.optim.Optimizer, cell: Cell, setting: Setting
+    model: nn.Module, base: torch.optim.Optimizer, cell: Cell, setting: Setting, tasks: int
 ) -> flatmtl.MultiTaskOptimizer:
-    """The optimizer of a cell."""
+    """The optimizer of a cell, for so many tasks."""
     label = "mean" if cell.method == SINGLE else cell.method
-    weighting = TABLE[label](cell.seed, setting.train // setting.batch)
+    weighting = TABLE[label](Run(cell.seed, tasks, setting.train // setting.batch))
     sharpness = None
     if cell.sharpness != PLAIN:
         aggregate = "direct" if cell.sharpness in (DIRECT, WIDE_DIRECT) else "decomposed"
@@ -128,7 +138,9 @@ def _trained(data: Data, setting: Setting, cell: Cell, tasks: list[int]) -> Netw
     torch.manual_seed(cell.seed)
     model = Network(data, setting.width)
     base, schedule = adam(model, setting.lr, setting.steps)
-    optimizer = make_optimizer(model, base, cell, setting)
+    optimizer = make_optimizer(model, base, cell, setting, len(tasks))
+    # anew: the optimizer may have added a group, of the numbers that a method learns
+    schedule = LambdaLR(base, schedule.lr_lambdas[0])
     rows = torch.arange(len(data.train.x)).numpy()
     for epoch in batches(rows, setting.batch, setting.epochs, cell.seed):
         for batch in epoch:

@@ -41,8 +41,8 @@ def time_steps(
                 model = Network(loaded, setting.width)
                 base, _ = adam(model, setting.lr, setting.steps)
                 cell = Cell(name, method, sharpness, 0)
-                optimizer = make_optimizer(model, base, cell, setting)
                 everyone = list(range(len(loaded.tasks)))
+                optimizer = make_optimizer(model, base, cell, setting, len(everyone))
                 steps[method, sharpness] = partial(
                     optimizer.step, partial(closure, model, x, y, everyone)
                 )
