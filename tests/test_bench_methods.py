@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from bench.methods import cells, data, nets, run, stats, store
+from bench.methods import cells, data, nets, parts, run, stats, store
 from bench.methods.cells import DECOMPOSED, DIRECT, PLAIN, SINGLE, WIDE, Cell
 from bench.methods.settings import FULL, QUICK, Setting
 
@@ -321,6 +321,20 @@ def test_single_tasks_are_networks_of_their_own(tmp_path, rng):
     assert found == alone
     together = cells.train(loaded, setting, replace(cell, method="mean"), "test")
     assert found != together
+
+
+def test_the_flat_part_follows_the_radius_but_for_scale_free_methods(tmp_path, rng):
+    """Nash-MTL's update has the norm sqrt(T) whatever the gradients are; PCGrad's follows them."""
+    make_adult(tmp_path, rng)
+    found = []
+    for rho in (1e-3, 2e-3):
+        setting = replace(SETTING, rho=rho, width=16)
+        one = run.make_job(tmp_path, tmp_path / "out", {"adult": setting}, ["adult"])
+        found.append(parts.ratios(one, ["pcgrad", "nash_mtl"], lambda line: None)["adult"])
+    for name in ("rows", "pcgrad"):
+        assert found[1][name] == pytest.approx(2 * found[0][name], rel=0.25)
+    for one in found:
+        assert one["nash_mtl"] == pytest.approx(1, rel=0.05)
 
 
 # ---------------------------------------------------------------- running and resuming

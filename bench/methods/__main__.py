@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench.methods run``, ``scan``, ``time`` and ``report``."""
+"""The command line: ``python -m bench.methods run``, ``scan``, ``time``, ``parts`` and ``report``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "train what is not trained yet; --quick for the smaller setting"),
         ("scan", _scan, "the choice of rates and radii on validation samples"),
         ("time", _time, "seconds per step, in one process and one thread"),
+        ("parts", _parts, "size of the flat part against the losses' part, method by method"),
         ("report", _report, "the tables of docs/methods_benchmark.md from the results"),
     ):
         sub = commands.add_parser(name, help=text, description=text)
@@ -77,6 +78,11 @@ def _out(args: argparse.Namespace) -> Path:
     return args.out or RESULTS / ("methods-quick" if args.quick else "methods")
 
 
+def _beside(args: argparse.Namespace, what: str) -> Path:
+    """A file of other results beside the folder of cells."""
+    return _out(args).with_name(f"{_out(args).name}_{what}.json")
+
+
 def _job(args: argparse.Namespace):
     from bench.methods.run import make_job
     from bench.methods.settings import FULL, QUICK
@@ -108,7 +114,7 @@ def _scan(args: argparse.Namespace) -> None:
     from bench.methods.store import write
 
     found = scan(_job(args), args.workers, _say)
-    write(_out(args).with_name(f"{_out(args).name}_scan.json"), found, indent=1)
+    write(_beside(args, "scan"), found, indent=1)
     print(json.dumps(found, indent=1))
 
 
@@ -118,7 +124,20 @@ def _time(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     found = time_steps(_job(args), args.methods, _say)
-    write(_out(args).with_name(f"{_out(args).name}_time.json"), found, indent=1)
+    write(_beside(args, "time"), found, indent=1)
+
+
+def _parts(args: argparse.Namespace) -> None:
+    from bench.methods.cells import METHODS
+    from bench.methods.parts import ratios
+    from bench.methods.store import write
+    from flatmtl.weighting import METHODS as KNOWN
+
+    torch.set_num_threads(1)
+    gram = [
+        method for method in METHODS if method in args.methods and KNOWN[method].needs == "gram"
+    ]
+    write(_beside(args, "parts"), ratios(_job(args), gram, _say), indent=1)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -17,11 +17,11 @@ from bench.methods.store import Result, write_all
 #: of every data set: kind of data, the metric's name and its factor in the tables, names of the tasks
 SHOWN: dict[str, dict[str, Any]] = {
     "multifashion": {
-        "kind": "classes", "metric": "accuracy, %", "tasks": ["top left", "bottom right"],
+        "kind": "classes", "metric": "Accuracy, %", "tasks": ["top left", "bottom right"],
     },
-    "fashion_mnist": {"kind": "classes", "metric": "accuracy, %", "tasks": ["digit", "garment"]},
+    "fashion_mnist": {"kind": "classes", "metric": "Accuracy, %", "tasks": ["digit", "garment"]},
     "qm8": {
-        "kind": "numbers", "metric": "mean absolute error, 1e-3",
+        "kind": "numbers", "metric": "Mean absolute error, 1e-3",
         "tasks": [f"{what}-{how}" for how in ("CC2", "PBE0", "CAM") for what in ("E1", "E2", "f1", "f2")],
     },
     "tox21": {

@@ -22,6 +22,7 @@ from bench.methods.results import Results, Row
 from bench.methods.stats import Estimate, holm, over_seeds, stratified
 
 Times = dict[str, dict[str, dict[str, float]]]
+_BESIDE = ("scan", "time", "parts")
 _SHARPNESS = {
     PLAIN: "",
     DECOMPOSED: " + SAM",
@@ -34,9 +35,9 @@ _SHARPNESS = {
 def write_report(source: Path, page: Path) -> None:
     """Puts the tables of a results file into a page, which is made if there is none."""
     results = Results.read(source)
-    timed = source.with_name(f"{source.stem}_time.json")
-    scanned = source.with_name(f"{source.stem}_scan.json")
-    times: Times = json.loads(timed.read_text()) if timed.exists() else {}
+    beside = {what: source.with_name(f"{source.stem}_{what}.json") for what in _BESIDE}
+    other = {what: json.loads(p.read_text()) for what, p in beside.items() if p.exists()}
+    times: Times = other.get("time", {})
     blocks = {
         "run": run_block(results),
         "overall": overall(results, times),
@@ -45,8 +46,10 @@ def write_report(source: Path, page: Path) -> None:
         "wide": direct_effect(results, WIDE, WIDE_DIRECT),
         **{name: dataset_table(results, name, times) for name in results.datasets},
     }
-    if scanned.exists():
-        blocks["scan"] = scan_block(json.loads(scanned.read_text()))
+    if "scan" in other:
+        blocks["scan"] = scan_block(other["scan"])
+    if "parts" in other:
+        blocks["parts"] = parts_block(other["parts"])
     text = page.read_text() if page.exists() else "# Methods on real data\n"
     page.write_text(insert(text, blocks))
 
@@ -137,6 +140,16 @@ def scan_block(scanned: dict[str, dict[str, dict[str, float]]]) -> str:
     return table(["data set", "what", "validation metric, mean over the tasks"], rows)
 
 
+def parts_block(parts: dict[str, dict[str, float]]) -> str:
+    """How large the flat part is."""
+    methods = list(next(iter(parts.values())))
+    rows = [
+        ["a task's own" if m == "rows" else m, *(f"{by_name[m]:.3g}" for by_name in parts.values())]
+        for m in methods
+    ]
+    return table(["method", *parts], rows)
+
+
 def overall(results: Results, times: Times) -> str:
     """Every row over all data sets: rank, Delta_m, difference to the mean, and cost of a step."""
     ranks = {name: results.ranks(name) for name in results.datasets}
@@ -205,7 +218,7 @@ def dataset_table(results: Results, name: str, times: Times) -> str:
         )
         folded.append([label(row), *means])
     header = ["method", *([] if many else tasks), "mean of tasks", "rank", "Δm, %", "ms/step"]
-    text = f"{SHOWN[name]['metric'].capitalize()}.\n\n" + table(header, body)
+    text = f"{SHOWN[name]['metric']}.\n\n" + table(header, body)
     if many:
         text += (
             "\n\n<details><summary>Every task</summary>\n\n"
@@ -223,9 +236,7 @@ def sharpness_effect(results: Results) -> str:
     """Delta_m with SAM minus Delta_m without, method by method, in pairs of seeds."""
     both = [m for m in results.methods(PLAIN) if m in results.methods(DECOMPOSED)]
     rows: list[str] = [SINGLE, *both] if _single_flat(results) else both
-    return _differences(
-        results, [((m, DECOMPOSED), (m, PLAIN)) for m in rows], "all but single-task", SINGLE
-    )
+    return _differences(results, [((m, DECOMPOSED), (m, PLAIN)) for m in rows], SINGLE)
 
 
 def _single_flat(results: Results) -> bool:
@@ -237,15 +248,10 @@ def direct_effect(results: Results, decomposed: str, direct: str) -> str:
     both = set(results.methods(decomposed)) & set(results.methods(direct))
     there = [method for method in COMPARED_DIRECT if method in both]
     pairs = [((m, decomposed), (m, direct)) for m in there]
-    return _differences(results, pairs, "all but mean", "mean")
+    return _differences(results, pairs, "mean")
 
 
-def _differences(
-    results: Results,
-    pairs: list[tuple[Row, Row]],
-    together: str,
-    apart: str,
-) -> str:
+def _differences(results: Results, pairs: list[tuple[Row, Row]], apart: str) -> str:
     """First row of a pair minus the second: on each data set, over all, and the methods together."""
     if not pairs:
         return "No complete pairs."
@@ -263,14 +269,15 @@ def _differences(
     ]
     pooled = [v for pair, v in zip(pairs, values, strict=True) if pair[0][0] != apart]
     if len(pooled) > 1:
-        mean = np.mean(pooled, axis=0)  # of the methods, whose noise is not independent: [D, S]
-        estimate = stratified(mean)
+        # a method that collapses must not speak for the others
+        middle = np.median(pooled, axis=0)  # [D, S]
+        estimate = stratified(middle)
         body.append(
             [
-                f"**{together}**",
-                *(spread(over_seeds(v)) for v in mean),
+                f"**median**, without {label((apart, PLAIN))}",
+                *(spread(over_seeds(v)) for v in middle),
                 spread(estimate),
-                p_text(estimate.p) + " (alone)",
+                f"{p_text(estimate.p)} (alone)",
             ]
         )
     return table(["method", *results.datasets, "all data sets", "p (Holm)"], body)
