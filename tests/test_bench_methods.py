@@ -323,18 +323,43 @@ def test_single_tasks_are_networks_of_their_own(tmp_path, rng):
     assert found != together
 
 
-def test_the_flat_part_follows_the_radius_but_for_scale_free_methods(tmp_path, rng):
-    """Nash-MTL's update has the norm sqrt(T) whatever the gradients are; PCGrad's follows them."""
+class Quadratic(torch.nn.Module):
+    """L_t = w A_t w / 2: the gradient A_t w gains rho A_t A_t w / ||A_t w||; a head that takes no part."""
+
+    def __init__(self, matrices, w):
+        super().__init__()
+        self.matrices = torch.from_numpy(matrices)
+        self.w = torch.nn.Parameter(torch.from_numpy(w))
+        self.net = torch.nn.ModuleDict({"heads": torch.nn.Linear(1, 1)})
+
+    def losses(self, x, y, tasks):
+        return [0.5 * self.w @ self.matrices[task] @ self.w for task in tasks]
+
+
+def test_what_gradients_gain_at_the_radius(tmp_path, rng):
     make_adult(tmp_path, rng)
-    found = []
-    for rho in (1e-3, 2e-3):
-        setting = replace(SETTING, rho=rho, width=16)
-        one = run.make_job(tmp_path, tmp_path / "out", {"adult": setting}, ["adult"])
-        found.append(parts.ratios(one, ["pcgrad", "nash_mtl"], lambda line: None)["adult"])
-    for name in ("rows", "pcgrad"):
-        assert found[1][name] == pytest.approx(2 * found[0][name], rel=0.25)
-    for one in found:
-        assert one["nash_mtl"] == pytest.approx(1, rel=0.05)
+    loaded = data.load("adult", tmp_path, SETTING, 0, tmp_path / "cache")
+    matrices = rng.normal(size=(3, 5, 5))
+    matrices += matrices.transpose(0, 2, 1)
+    w = rng.normal(size=5)
+    model = Quadratic(matrices, w.copy())
+    plain, flat = parts._rows(model, loaded, SETTING)
+    for task, matrix in enumerate(matrices):
+        g = matrix @ w
+        np.testing.assert_allclose(plain[task], g, rtol=1e-9, atol=1e-9)
+        gain = SETTING.rho * matrix @ g / np.linalg.norm(g)
+        np.testing.assert_allclose(flat[task], gain, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(model.w.detach(), w, rtol=1e-12, atol=1e-12)
+
+
+def test_nash_mtl_s_flat_part_is_as_large_as_the_other(tmp_path, rng):
+    """Its update has the norm sqrt(T) whatever the gradients are."""
+    make_adult(tmp_path, rng)
+    setting = replace(SETTING, rho=1e-3, width=16)
+    job = run.make_job(tmp_path, tmp_path / "out", {"adult": setting}, ["adult"])
+    found = parts.ratios(job, ["mean", "nash_mtl"], lambda line: None)["adult"]
+    assert found["nash_mtl"] == pytest.approx(1, rel=0.05)
+    assert found["mean"] < 0.5 and found["rows"] < 0.5
 
 
 # ---------------------------------------------------------------- running and resuming
