@@ -1,4 +1,4 @@
-"""``python -m flatmtl``: what was built, the methods, groups of tasks, and the demo."""
+"""``python -m flatmtl``: what was built, the methods, groups and orders of tasks, and the demo."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def methods() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     from flatmtl.affinity import command as group
+    from flatmtl.curriculum import command as order
     from flatmtl.demo import run as demo
 
     parser = argparse.ArgumentParser(
@@ -109,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "group", help="which tasks to train together, from a file of measured affinities"
         )
     )
+    order.add_arguments(
+        commands.add_parser(
+            "order", help="in which order to train tasks one after the other, from such a file"
+        )
+    )
     demo.add_arguments(
         commands.add_parser(
             "demo", help="train Mean, PCGrad and FS-MTL on pairs of overlaid Fashion-MNIST images"
@@ -119,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return info()
     if args.command == "methods":
         return methods()
-    return group.main(args) if args.command == "group" else demo.main(args)
+    return {"group": group, "order": order, "demo": demo}[args.command].main(args)
 
 
 if __name__ == "__main__":

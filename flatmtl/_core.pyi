@@ -36,3 +36,18 @@ def select_by_search(
     starts: int,
     progress: Callable[[float], Any] | None = None,
 ) -> tuple[list[float], list[list[int]]]: ...
+def order_exact(
+    similarity: npt.NDArray[np.float64],
+    *,
+    start: int,
+    progress: Callable[[float], Any] | None = None,
+) -> list[int]: ...
+def order_by_nearest(similarity: npt.NDArray[np.float64], *, start: int) -> list[int]: ...
+def order_by_annealing(
+    similarity: npt.NDArray[np.float64],
+    path: Sequence[int],
+    *,
+    start: int,
+    seed: int,
+    progress: Callable[[float], Any] | None = None,
+) -> list[int]: ...

@@ -32,13 +32,18 @@ from flatmtl.sharpness import SAM, SAMO, Radii, Sharpness, exempt_from_scaling
 from flatmtl.solves import Observed, Solves
 from flatmtl.spsa import Directions
 from flatmtl.steps.between import weighted, weighted_sharp
+from flatmtl.steps.coop import coop
+from flatmtl.steps.maml import maml
 from flatmtl.steps.one_pass import one_pass
 from flatmtl.steps.plain import plain
 from flatmtl.steps.represented import represented
 from flatmtl.steps.samo import samo
 from flatmtl.steps.sharp import sharp
+from flatmtl.strategies import MAML, CoopFlat, Strategy
+from flatmtl.stream import Stream
 from flatmtl.watch import Watch, outside, raise_invalid_loss, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
+from flatmtl.weighting._rows import RowMethod
 
 if TYPE_CHECKING:
     from flatmtl.affinity.meter import Meter
@@ -56,6 +61,7 @@ class Options:
     weights_every: int
     replay_rng: bool
     history: int
+    strategy: Strategy | None = None
 
 
 class Engine:
@@ -71,7 +77,7 @@ class Engine:
         capture: the gradients gathered for a step that is still open.
         weights: "loss" and "flat" weights of the last solve, for the steps until the next.
         clean_buffers: the model's buffers as the clean passes left them.
-        directions: SAMO's; None without.
+        directions: SAMO's random stream, or CoopFlat's; None without.
         label: names a parameter in errors.
         scale: the loss scale of a step that is still open; None: 1.
         running: whether passes are being run.
@@ -99,11 +105,11 @@ class Engine:
         self.capture: Capture | WeightedBackward | None = None
         self.weights: dict[str, Tensor] = {}
         self.clean_buffers = BufferKeeper(options.model)
-        self.directions = (
-            Directions(options.sharpness, options.model)
-            if isinstance(options.sharpness, SAMO)
-            else None
-        )
+        self.directions: Stream | None = None
+        if isinstance(options.sharpness, SAMO):
+            self.directions = Directions(options.sharpness, options.model)
+        elif isinstance(options.strategy, CoopFlat):
+            self.directions = Stream(options.strategy.seed)
         self.label = label
         self.watched = False
         self.meters: list[Meter] = []
@@ -124,9 +130,7 @@ class Engine:
         self.lost: set[int] = set()
         self._groups = groups  # id(parameter) -> its group, where groups have weights of their own
         self._columns: tuple[Block, Columns] | None = None
-        self._to_look_back: list[
-            Passes
-        ] = []  # of this step, where their losses after it are wanted
+        self._to_look_back: Passes | None = None  # whose losses after the step are wanted
         self._loaded: dict[str, Any] | None = None  # a state that waits for the parameters' roles
 
     # ------------------------------------------------------------ the life of a step
@@ -157,25 +161,24 @@ class Engine:
         for meter in self.meters:
             meter.made(self.ok)
         self.solves.made(self.ok)
-        behind, self._to_look_back = self._to_look_back, []
+        behind = self._to_look_back
         self._close()
         self.steps += 1
-        if behind:
+        if behind is not None:
             self._look_back(behind)
 
-    def _look_back(self, passes: Sequence[Passes]) -> None:
-        """Hands the losses after the step to the weighting: the closures run again, without gradients."""
+    def _look_back(self, passes: Passes) -> None:
+        """Hands the last micro-batch's losses after the step to the weighting, which saw them before it."""
         assert self.roles is not None
         after: list[Tensor | None] = []
         self.clean_buffers.save()
         try:
-            for one in passes:
-                for losses, _ in one.again(self.roles.tasks, None, graph=False, replay=True):
-                    after = added_entries(after, losses.detached)
+            again = passes.again(self.roles.tasks, None, graph=False, replay=True, last=True)
+            for losses, _ in again:
+                after = losses.detached
         finally:
             self.clean_buffers.restore()
-            for one in passes:
-                one.end()
+            passes.end()
         seen = self.observed(after, self.roles)
         self.solves.weightings["loss"]._after_step(seen.losses, seen.there)
 
@@ -183,7 +186,7 @@ class Engine:
         self._open = self._begun = self._guarded = False
         self.capture = self.ok = self.scale = self._record_args = None
         self.lost = set()
-        self._to_look_back = []
+        self._to_look_back = None
 
     @property
     def counts(self) -> bool:
@@ -193,6 +196,7 @@ class Engine:
             options.weights_every > 1
             or self._looks_back
             or isinstance(sharpness, SAMO)
+            or isinstance(options.strategy, CoopFlat)
             or (isinstance(sharpness, SAM) and (sharpness.every > 1 or sharpness.warmup > 0))
         )
 
@@ -204,7 +208,7 @@ class Engine:
         """Whether backward() adds to that before: no step since, and nobody has reset the gradients."""
         return (
             self._open
-            and self.capture is not None
+            and (self.capture is not None or self.options.strategy is not None)
             and all(param.grad is grad for param, grad, _ in self._written)
         )
 
@@ -221,7 +225,7 @@ class Engine:
         Returns:
             The passes, with the clean losses.
         """
-        sharpness = self.options.sharpness
+        sharpness, strategy = self.options.sharpness, self.options.strategy
         more = self._continues()
         if more and any(grad._version != version for _, grad, version in self._written):
             raise RuntimeError(
@@ -230,7 +234,8 @@ class Engine:
             )
         radii = None if sharpness is None else Radii(sharpness, groups, self.steps)
         exact = any(meter.options.mode == "exact" for meter in self._due())
-        replaying = self.options.replay_rng and bool(radii)
+        away = bool(radii) or strategy is not None  # passes away from the parameters
+        replaying = self.options.replay_rng and away
         looking = self._looks_back
         replay = Replay(self._generators()) if replaying or exact or looking else None
         passes = Passes(given, replay, replaying)
@@ -239,7 +244,7 @@ class Engine:
                 "losses must be a closure (or a list of them) with a weighting that wants the losses "
                 "after the step too: it runs them again"
             )
-        if sharpness is not None and not passes.repeatable:
+        if (sharpness is not None or strategy is not None) and not passes.repeatable:
             raise ValueError(
                 "losses must be a closure (or a list of them) with sharpness: it runs several passes"
             )
@@ -248,7 +253,7 @@ class Engine:
                 "losses must be a closure, or a list of them for all micro-batches of a step, where an "
                 "AffinityProbe in exact mode measures: it runs them again"
             )
-        if radii and more:
+        if away and more:
             raise RuntimeError(
                 "backward must be given all micro-batches of a step at once with sharpness, as a list "
                 "of closures; call step() or zero_grad() first"
@@ -266,7 +271,7 @@ class Engine:
                 self.directions.begin()
         self._begun, self.scale = True, scale
         undoing = scale is not None or self.options.nonfinite == "skip"
-        guarded = bool(radii) or exact or (undoing and passes.repeatable)
+        guarded = away or exact or (undoing and passes.repeatable)
         random = self._generators().state() if guarded else None
         if guarded and not self._guarded:
             self._before.save()
@@ -288,7 +293,7 @@ class Engine:
             if guarded:
                 self._before.undo_unless(self.ok)
         if looking:
-            self._to_look_back.append(passes)
+            self._to_look_back = passes
         self._open = True
         return passes
 
@@ -316,7 +321,12 @@ class Engine:
         reuse = not due and self.roles is not None and needed <= self.weights.keys()
         if self.capture is not None:  # a step stays of the kind that it began as
             reuse = isinstance(self.capture, WeightedBackward)
-        if apart and self.solves.weightings["loss"].one_pass:
+        strategy = self.options.strategy
+        if isinstance(strategy, MAML):
+            maml(self, strategy, passes, scale)
+        elif isinstance(strategy, CoopFlat):
+            coop(self, strategy, passes, scale)
+        elif apart and self.solves.weightings["loss"].one_pass:
             one_pass(self, passes, scale)
         elif apart and reuse:
             weighted(self, passes, scale)
@@ -352,7 +362,8 @@ class Engine:
                 f"losses must be of the tasks {roles.tasks}, as before (None for one that is missing "
                 f"from the batch), got {losses.names}"
             )
-        if roles is None and losses.together and self._named is None:
+        told = self._named is not None or isinstance(self.options.strategy, CoopFlat)
+        if roles is None and losses.together and not told:
             warnings.warn(
                 "losses are entries of one tensor: every parameter that it depends on counts as shared. "
                 "Where tasks have parameters of their own, return a list of losses (or torch.stack of "
@@ -464,7 +475,10 @@ class Engine:
         full = self.options.history > 0 or self.measures
         seen = columns = None
         assert self.roles is not None
-        if any("losses" in w.needs or w.one_pass for w in self.solves.weightings.values()):
+        if any(
+            "losses" in w.needs or w.one_pass or isinstance(w, RowMethod)
+            for w in self.solves.weightings.values()
+        ):
             seen = self.observed(self._losses, self.roles)
         if self._groups is not None and self.roles.shared is not None:
             columns = self._columns_of(self.roles.shared)
@@ -521,8 +535,6 @@ class Engine:
 
     def own_weights(self, found: Found) -> Tensor | None:
         """float64 [T], what the gradients of the tasks' own parameters are multiplied by; None: by 1."""
-        if found.weights is None:
-            return None
         return self.solves.weightings["loss"]._own_weights(found.weights)
 
     def own_update(self, task: int, row: Tensor, weights: Tensor | None) -> None:
@@ -613,7 +625,7 @@ class Engine:
         self._measure_gram(roles, found, scale)
         if not self.solves.weightings["loss"].one_pass:
             self.watch_losses()
-        watching = after is not None and self._radius.watching
+        watching = after is not None and self.options.strategy is None and self._radius.watching
         if not self.options.history and not watching:
             return
         device = roles.params[0].device

@@ -107,10 +107,9 @@ class Families:
 
     def second(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
         """update = A''(A(g), A'(f)). The pair is formed: from Gram matrices, a short one would cancel."""
-        gram = self._gram("loss", block.jac, squares)
+        gram, a = self._by_gram("loss", block.jac, squares, sound)
         block.sam.sub_(block.jac)
-        a = self._solve("loss", gram, sound)
-        b = self._solve("flat", self._gram("flat", block.sam, None), sound)
+        _, b = self._by_gram("flat", block.sam, None, sound)
         ops.combine(block.jac, a, block.ends[0])
         ops.combine(block.sam, b, block.ends[1])
         pair = self.unscaled(ops.gram(block.ends))
@@ -134,7 +133,7 @@ class Families:
         of_g, of_f = inner.unbind(1)
         block.jac.mul_(of_g.unsqueeze(1).to(block.jac.dtype))
         block.jac.addcmul_(block.sam, of_f.unsqueeze(1).to(block.jac.dtype))
-        weights = self._solve("loss", self._gram("loss", block.jac, None), sound)
+        _, weights = self._by_gram("loss", block.jac, None, sound)
         ops.combine(block.jac, weights, block.update)
         return Found(weights * of_g, weights * of_f, of_all)
 
@@ -165,10 +164,24 @@ class Families:
             weights = self._of_losses(name)
             gram = self._for_the_record(rows)
         else:
-            gram = self._gram(name, rows, squares)
-            weights = self._solve(name, gram, sound)
+            gram, weights = self._by_gram(name, rows, squares, sound)
         ops.combine(rows, weights, out)
         return Found(weights, gram=gram)
+
+    def _by_gram(
+        self, name: str, rows: Tensor, squares: Tensor | None, sound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The Gram matrix for the record, and the weights.
+
+        Where norms will do, and the packing has counted them (``squares``), they decide: the same bits
+        whether somebody wants to see the whole matrix or not.
+        """
+        if squares is None or not self._solves.weightings[name].diagonal_only:
+            gram = self.gram(rows)
+            return gram, self._solve(name, gram, sound)
+        gram = self.unscaled(squares.diag())
+        weights = self._solve(name, gram, sound)
+        return (self.gram(rows) if self._full else gram), weights
 
     def _weigh_both(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
         """The weights of the gradients and of the flat parts."""
@@ -176,12 +189,12 @@ class Families:
         if weighting.one_pass:  # linear, and the same for both
             weights = self._of_losses("loss")
             return Found(weights, weights, self._for_the_record(block.jac))
-        if weighting.diagonal_only and not self._full:
-            gram = self._gram("loss", block.jac, squares)
+        if weighting.diagonal_only:
+            gram, a = self._by_gram("loss", block.jac, squares, sound)
             flat = self.unscaled(ops.gram_difference(block.sam, block.jac))
         else:
             gram, flat = map(self.unscaled, ops.gram_pair(block.sam, block.jac))
-        a = self._solve("loss", gram, sound)
+            a = self._solve("loss", gram, sound)
         return Found(a, self._solve("flat", flat, sound), gram)
 
     def _by_group_and_flat(
@@ -220,11 +233,6 @@ class Families:
     def _of_losses(self, name: str) -> Tensor:
         assert self._seen is not None
         return self._solves.of_losses(name, self._seen)
-
-    def _gram(self, name: str, rows: Tensor, squares: Tensor | None) -> Tensor:
-        if squares is not None and self._solves.weightings[name].diagonal_only and not self._full:
-            return self.unscaled(squares.diag())  # the packing has counted the norms already
-        return self.gram(rows)
 
     def _for_the_record(self, rows: Tensor) -> Tensor | None:
         """The Gram matrix where the method does without, but somebody wants to see it."""

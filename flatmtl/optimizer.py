@@ -21,6 +21,7 @@ from flatmtl.representation import Representation
 from flatmtl.roles import named_shared
 from flatmtl.sharpness import SAM, SAMO, Sharpness, check_whole, default_radii
 from flatmtl.solves import Solves
+from flatmtl.strategies import MAML, CoopFlat, Strategy, check_fits
 from flatmtl.weighting import Weighting
 from flatmtl.weighting._loss import WithLosses
 from flatmtl.weighting._rows import RowMethod, RowState
@@ -56,7 +57,9 @@ class MultiTaskOptimizer(Optimizer):
         base_optimizer: the optimizer that makes the update.
         weighting: a ``flatmtl.weighting.Weighting``.
         sharpness: ``SAM(...)`` or ``SAMO(...)``, or None for the plain method. The radii live in the
-            parameter groups as ``"rho"`` and ``"rho_task"`` and can be edited there at any time.
+            parameter groups as ``"rho"`` and ``"rho_task"`` and can be edited there at any time. Or a
+            strategy that takes gradients elsewhere for another end: ``MAML(...)``, ``CoopFlat(...)``; what
+            is said of sharpness below holds for them too, unless they say otherwise.
         shared: the shared parameters; by default those that at least two tasks reach (all reached
             ones if there is one task).
         model: the module whose buffers (BatchNorm statistics) the perturbed passes must leave alone,
@@ -98,7 +101,7 @@ class MultiTaskOptimizer(Optimizer):
         base_optimizer: Optimizer,
         *,
         weighting: Weighting,
-        sharpness: Sharpness | None = None,
+        sharpness: Sharpness | Strategy | None = None,
         shared: Iterable[Tensor] | None = None,
         model: nn.Module | None = None,
         nonfinite: Literal["raise", "mask", "skip"] = "raise",
@@ -128,9 +131,11 @@ class MultiTaskOptimizer(Optimizer):
                 "weighting must be a flatmtl Weighting (flatmtl.weighting.by_name makes one from a "
                 f"name), got {weighting!r}"
             )
-        if sharpness is not None and not isinstance(sharpness, (SAM, SAMO)):
+        strategy = sharpness if isinstance(sharpness, (MAML, CoopFlat)) else None
+        if not (strategy or sharpness is None or isinstance(sharpness, (SAM, SAMO))):
             raise TypeError(
-                f"sharpness must be flatmtl.SAM(...), flatmtl.SAMO(...) or None, got {sharpness!r}"
+                "sharpness must be flatmtl.SAM(...), flatmtl.SAMO(...), flatmtl.MAML(...), "
+                f"flatmtl.CoopFlat(...) or None, got {sharpness!r}"
             )
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -167,7 +172,17 @@ class MultiTaskOptimizer(Optimizer):
                 "weights_every must be 1 with SAMO and with aggregate='second' or 'each', got "
                 f"{weights_every}"
             )
-        _check_method(weighting, sharpness, how, weights_every, weights_per)
+        if strategy is not None:
+            check_fits(
+                strategy,
+                [p for group in base_optimizer.param_groups for p in group["params"]],
+                weighting=weighting,
+                weights_every=weights_every,
+                sequential=how == "sequential",
+                shared=shared,
+                row_dtype=row_dtype,
+            )
+        _check_method(weighting, sharpness or strategy, how, weights_every, weights_per)
         # The hooks' registries only: param_groups, state and defaults are the base optimizer's.
         super().__init__([torch.empty(0)], {})
         self.base_optimizer = base_optimizer
@@ -180,7 +195,7 @@ class MultiTaskOptimizer(Optimizer):
             self.flat_weighting.twin() if second and self.flat_weighting is not None else None
         )
         self._options = Options(
-            sharpness=sharpness,
+            sharpness=sharpness if isinstance(sharpness, (SAM, SAMO)) else None,
             model=model,
             nonfinite=nonfinite,
             jacobian=how,
@@ -188,6 +203,7 @@ class MultiTaskOptimizer(Optimizer):
             weights_every=weights_every,
             replay_rng=replay_rng,
             history=check_whole("history", history, 0),
+            strategy=strategy,
         )
         self._add_learned()
         self._shared = named_shared(shared, self._all_params(), self._label)
@@ -259,9 +275,9 @@ class MultiTaskOptimizer(Optimizer):
     # ------------------------------------------------------------ what it was given
 
     @property
-    def sharpness(self) -> Sharpness | None:
-        """``SAM(...)``, ``SAMO(...)`` or None."""
-        return self._options.sharpness
+    def sharpness(self) -> Sharpness | Strategy | None:
+        """``SAM(...)``, ``SAMO(...)``, ``MAML(...)``, ``CoopFlat(...)`` or None."""
+        return self._options.strategy or self._options.sharpness
 
     @property
     def model(self) -> nn.Module | None:
@@ -289,10 +305,12 @@ class MultiTaskOptimizer(Optimizer):
 
     def _attach(self, meter: Meter) -> None:
         """Has an ``AffinityProbe``'s meter measure at the steps from now on."""
-        if isinstance(self.sharpness, SAMO) or isinstance(self._options.jacobian, Representation):
+        if isinstance(self.sharpness, (SAMO, CoopFlat)) or isinstance(
+            self._options.jacobian, Representation
+        ):
             raise ValueError(
                 "optimizer must take every task's gradient of the shared parameters for an AffinityProbe: "
-                "SAMO and Representation do not"
+                "SAMO, CoopFlat and Representation do not"
             )
         self._engine.meters.append(meter)
 
@@ -347,7 +365,7 @@ class MultiTaskOptimizer(Optimizer):
 
     def _default_radii(self, group: dict[str, Any]) -> None:
         self._check_group(group)
-        default_radii(self.sharpness, group)
+        default_radii(self._options.sharpness, group)
 
     def _all_params(self) -> list[Tensor]:
         learned = {id(p) for w in self._weightings() for p in w.parameters()}
@@ -436,8 +454,9 @@ class MultiTaskOptimizer(Optimizer):
                 runs the forward pass only: no ``backward()``, no ``zero_grad()``. With sharpness it is
                 called once plainly and once for every task; if it takes an argument ``tasks``, those
                 calls pass ``tasks=[i]`` (the task's number, or its name if it returns a mapping) and
-                it may return that task's loss alone. A list of closures is one for each micro-batch:
-                losses and gradients are added up. It may be left out after ``backward``.
+                it may return that task's loss alone. (``MAML`` knows another argument, ``query``; what
+                ``CoopFlat`` calls is said there.) A list of closures is one for each micro-batch: losses
+                and gradients are added up. It may be left out after ``backward``.
 
         Returns:
             The losses of the clean pass, detached, as the closure returned them; None without one.
@@ -530,7 +549,11 @@ class MultiTaskOptimizer(Optimizer):
 
 
 def _check_method(
-    weighting: Weighting, sharpness: Sharpness | None, how: object, every: int, per: object
+    weighting: Weighting,
+    sharpness: Sharpness | Strategy | None,
+    how: object,
+    every: int,
+    per: object,
 ) -> None:
     """Raises ValueError where the weighting is not one for the other arguments."""
     name = type(weighting).__name__

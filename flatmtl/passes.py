@@ -36,7 +36,7 @@ class Passes:
             self._closures = list(given)
         else:
             self._losses = read_losses(given)
-        self._by_task = [takes_tasks(c) for c in self._closures]
+        self._by_task = [takes(c, "tasks") for c in self._closures]
         self.repeatable = bool(self._closures)
 
     def __len__(self) -> int:
@@ -66,6 +66,8 @@ class Passes:
         *,
         graph: bool = True,
         replay: bool = False,
+        query: bool = False,
+        last: bool = False,
     ) -> Iterator[tuple[TaskLosses, int]]:
         """Runs every micro-batch that has the task again.
 
@@ -76,6 +78,8 @@ class Passes:
             task: the number of the one; None: all of them, in this order.
             graph: False: without gradients.
             replay: with the random numbers of the clean pass, also where that is not asked for.
+            query: of query data, where a closure takes ``query=``.
+            last: the last micro-batch alone.
 
         Yields:
             The micro-batch's losses, and where the task's stands among them (0 if all were asked for).
@@ -86,11 +90,16 @@ class Passes:
             name = None if task is None else tasks[task]
             if name is not None and name not in self._present[number]:
                 continue
+            if last and number < len(self._closures) - 1:
+                continue
             if self._replay is not None and (replay or self._replaying):
                 self._replay.rewind(number)
             alone = by_task and name is not None
+            asked: dict[str, object] = {"tasks": [name]} if alone else {}
+            if query and takes(closure, "query"):
+                asked["query"] = True
             with torch.set_grad_enabled(graph):
-                returned = closure(tasks=[name]) if alone else closure()
+                returned = closure(**asked)
                 losses = read_losses(returned, graph=graph)
             if set(losses.names) == set(tasks):
                 losses = losses.in_order(list(tasks))
@@ -115,10 +124,10 @@ class Passes:
             self._replay.end()
 
 
-def takes_tasks(closure: Closure) -> bool:
-    """Whether the closure can be asked for single tasks."""
+def takes(closure: Closure, name: str) -> bool:
+    """Whether the closure has an argument of that name."""
     # Plain functions do without inspect, which costs as much as a kernel.
     code = getattr(closure, "__code__", None)
     if code is not None and not hasattr(closure, "__wrapped__"):
-        return "tasks" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return "tasks" in inspect.signature(closure).parameters
+        return name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return name in inspect.signature(closure).parameters

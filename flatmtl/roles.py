@@ -72,6 +72,8 @@ class Roles:
         own: task -> the block of its own parameters, one row.
         shared_index: positions in ``params`` of the shared block's parameters.
         own_index: task -> positions of its own block's parameters.
+        shared_set: the entries of ``shared_index``.
+        owner: position of a parameter -> the task whose own it is.
         settled: whether the blocks are laid out.
     """
 
@@ -95,6 +97,8 @@ class Roles:
         self.own: dict[int, Block] = {}
         self.shared_index: list[int] = []
         self.own_index: dict[int, list[int]] = {}
+        self.shared_set: frozenset[int] = frozenset()
+        self.owner: dict[int, int] = {}
         self.settled = False
 
     def _is_shared(self, k: int) -> bool:
@@ -144,6 +148,10 @@ class Roles:
         self._reach[k].add(task)
         self._new.setdefault(k, set()).add(task)
         return not before or not was_shared
+
+    def knows(self, tasks: Collection[int]) -> bool:
+        """Whether the blocks are laid out, by passes that had all these tasks."""
+        return self.settled and self._seen.issuperset(tasks)
 
     def end_pass(self, tasks: Collection[int], *, keep: bool) -> None:
         """Keeps what ``note`` has noted of these tasks since the last call, or forgets it (a failed pass)."""
@@ -202,6 +210,8 @@ class Roles:
         # Nothing has changed up to here, should a role not hold.
         flats = self.flats()
         self.shared, self.shared_index = shared, shared_index
+        self.shared_set = frozenset(shared_index)
+        self.owner = {k: task for task, index in own_index.items() for k in index}
         self.own, self.own_index = own, own_index
         self.settled = True
         self.put_flats(flats)

@@ -41,7 +41,8 @@ def check_whole(name: str, value: object, least: int) -> int:
     return value
 
 
-def _check_flag(name: str, value: object) -> None:
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError if ``value`` is not True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
@@ -96,7 +97,7 @@ class SAM:
             check_radius("rho_task", self.rho_task)
         check_radius("eta", self.eta)
         for name in ("adaptive", "joint_norm", "exempt_bias"):
-            _check_flag(name, getattr(self, name))
+            check_flag(name, getattr(self, name))
         if self.aggregate not in _AGGREGATES:
             raise ValueError(
                 f"aggregate must be one of {', '.join(_AGGREGATES)}, got {self.aggregate!r}"
@@ -153,7 +154,7 @@ class SAMO:
             raise ValueError(f"beta must be at most 1, got {self.beta}")
         if not check_radius("spsa_eps", self.spsa_eps):
             raise ValueError("spsa_eps must be above 0, got 0")
-        _check_flag("adaptive", self.adaptive)
+        check_flag("adaptive", self.adaptive)
         check_whole("warmup", self.warmup, 0)
         check_whole("seed", self.seed, 0)
 

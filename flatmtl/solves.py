@@ -118,7 +118,11 @@ class Solves:
         method = self.weightings[name]
         assert isinstance(method, RowMethod)
         self._keep(name, rows)
-        losses = None if seen is None else seen.losses
+        losses = None
+        if seen is not None:
+            losses = seen.losses
+            if seen.there is not None:  # a task that is missing has a row of zeros, and no gradient
+                sound = sound & seen.there
         weights = method.aggregate(rows, out, losses=losses, sound=sound, scale=scale)
         self._note(name)
         return weights

@@ -13,46 +13,16 @@ from flatmtl.block import Block
 from flatmtl.losses import added_loss
 from flatmtl.passes import Passes
 from flatmtl.sharpness import SAMO
+from flatmtl.stream import Stream
 
 
-class Directions:
-    """Draws and bends the directions of one optimizer; keeps the random stream."""
+class Directions(Stream):
+    """Draws and bends the directions of one optimizer."""
 
     def __init__(self, options: SAMO, model: nn.Module | None) -> None:
+        super().__init__(options.seed)
         self._options = options
         self._model = model
-        self._generator: torch.Generator | None = None
-        self._loaded: Tensor | None = None  # a state that waits for its device
-        self._before: Tensor | None = None
-
-    def _stream(self, device: torch.device) -> torch.Generator:
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self._options.seed)
-            if self._loaded is not None:
-                self._generator.set_state(self._loaded)
-                self._loaded = None
-        return self._generator
-
-    def begin(self) -> None:
-        """Remembers the stream's position, for ``rewind``."""
-        self._before = self.state_dict()["generator"]
-
-    def rewind(self) -> None:
-        """Back to ``begin``: the step is not made."""
-        if self._generator is not None:
-            if self._before is None:
-                self._generator.manual_seed(self._options.seed)
-            else:
-                self._generator.set_state(self._before)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The random stream's position."""
-        state = self._loaded if self._generator is None else self._generator.get_state()
-        return {"generator": None if state is None else state.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved position."""
-        self._generator, self._loaded = None, state["generator"]
 
     def bend(self, block: Block, task: int, passes: Passes, tasks: list[Any]) -> Tensor:
         """``block.sam[task]`` <- (1 - beta) gm + beta ||gm|| sign z/||z||, tensor by tensor.
@@ -66,7 +36,7 @@ class Directions:
         """
         beta, eps = self._options.beta, self._options.spsa_eps
         z = block.update  # free until the step ends
-        z.normal_(generator=self._stream(block.device))
+        z.normal_(generator=self.on(block.device))
         with _evaluating(self._model):
             block.move(z, eps)
             above = _loss(passes, tasks, task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class WeightedBackward:
         retain_graph: bool,
         own: bool,
         without: Collection[int] = (),
+        surprised: Callable[[], Tensor | None] | None = None,
     ) -> None:
         """One micro-batch.
 
@@ -57,6 +58,8 @@ class WeightedBackward:
             retain_graph: for another backward pass.
             own: whether the tasks' own parameters are wanted.
             without: tasks that are left out, though they have a loss.
+            surprised: lays the blocks out anew and gives the row; called, with ``together``, where a
+                gradient arrives that no present task is known to have.
         """
         roles = self._roles
         tasks = [task for task in losses.present if task not in without]
@@ -68,8 +71,14 @@ class WeightedBackward:
         if index and not self._together:  # first: the other pass may free the graph
             keep = retain_graph or bool(roles.shared_index)
             of.update(zip(index, self._pass(losses, tasks, ones, index, keep), strict=True))
-        index = [*index, *roles.shared_index] if self._together else roles.shared_index
-        if index:
+        if self._together:
+            of = self._all(losses, tasks, ones, retain_graph)
+            if surprised is not None and any(
+                grad is not None and k not in roles.shared_set and roles.owner.get(k) not in tasks
+                for k, grad in of.items()
+            ):
+                row = surprised()
+        elif index := roles.shared_index:
             seeds = [
                 one * self.weights[task].to(one) for one, task in zip(ones, tasks, strict=True)
             ]
@@ -81,7 +90,7 @@ class WeightedBackward:
                 roles.check_dense(k, grad)
                 self.reached.add(k)
         if roles.shared is not None and row is not None:
-            chosen = [of[k] for k in roles.shared_index]
+            chosen = [of.get(k) for k in roles.shared_index]
             self.shared_sq = roles.shared.pack(row, chosen, accumulate=self._begun)
         for task in tasks if own else ():
             if task in roles.own:
@@ -91,6 +100,15 @@ class WeightedBackward:
                 self.own_sq[task] = block.pack(target, chosen, accumulate=task in self.own_sq)
         self.present.update(tasks)
         self._begun = True
+
+    def _all(
+        self, losses: TaskLosses, tasks: list[int], ones: list[Tensor], retain_graph: bool
+    ) -> dict[int, Tensor | None]:
+        """The weighted loss's gradient for every parameter."""
+        weights = self.weights.to(ones[0].dtype).unbind()
+        seeds = [one * weights[task].to(one) for one, task in zip(ones, tasks, strict=True)]
+        every = list(range(len(self._roles.params)))
+        return dict(zip(every, self._pass(losses, tasks, seeds, every, retain_graph), strict=True))
 
     def _pass(
         self,

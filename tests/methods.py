@@ -19,6 +19,8 @@ ALL = ["mean", "sum", "constant", "pcgrad", "gradvac", "mgda", "cagrad", "nash_m
        "modo", "cr_mogm", "rlw"]  # fmt: skip
 # of losses alone: weighting(losses)
 LOSS = ["slaw", "famo", "uw", "imtl_l", "dwa", "gls", "si", "bmtl", "stch", "go4align"]
+BOTH = ["imtl", "gradnorm", "emtl_like"]  # look at the Gram matrix and the losses
+ROWS = ["graddrop", "trimmed_mean", "moco", "db_mtl", "excess_mtl"]  # need the gradients themselves
 RANDOM = ["pcgrad", "gradvac", "rlw"]  # draws depend on the step and on the place in the batch
 STATEFUL = ["gradvac", "nash_mtl", "pcd", "sdmgrad", "modo", "cr_mogm"]
 CROSS = ["sdmgrad", "modo"]  # take any cross-Gram
@@ -32,10 +34,16 @@ def make(name: str, tasks: int = 4, **options) -> Weighting:
         options.setdefault("weights", torch.arange(1.0, tasks + 1))
     elif name == "krum":
         options.setdefault("byzantine", 0)
+    elif name == "trimmed_mean":
+        options.setdefault("trim", 1)
+    elif name in ("imtl", "gradnorm"):
+        options.setdefault("tasks", tasks)
     elif name == "cr_mogm":
         options.setdefault("weighting", by_name("mgda"))
     elif name in ("uw", "imtl_l"):
         options.setdefault("tasks", tasks)
+    elif name == "trimmed_mean":
+        options.setdefault("trim", int(tasks > 2))
     elif name == "go4align":
         options.setdefault("groups", min(tasks, 2))
     return by_name(name, **options)

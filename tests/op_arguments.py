@@ -11,7 +11,7 @@ TASKS, SIZE = 3, 37
 
 
 # What takes rows in half precision beside float32 gradients, parameters and updates.
-MIXED = ("combine", "combine_flat", "pack_row_", "adaptive_sq_norm", "perturb_")
+MIXED = ("combine", "combine_flat", "graddrop_", "pack_row_", "adaptive_sq_norm", "perturb_")
 
 
 def arguments(
@@ -49,6 +49,13 @@ def arguments(
         "combine": (jac, small(TASKS), update(SIZE)),
         "combine_flat": (jac, small(TASKS), sam, small(TASKS), update(SIZE)),
         "project": (jac, small(2, TASKS), rows(2, SIZE)),
+        "graddrop_": (
+            jac,
+            small(TASKS).sigmoid(),
+            torch.tensor([True, False, True], device=device),
+            torch.tensor([5, 6], device=device),
+            update(SIZE),
+        ),
         "affinity": (gram[0], small(TASKS).abs(), 0.1),
         "pack_row_": (row, [p.clone() for p in params], offsets, accumulate),
         "adaptive_sq_norm": (saved, row, 0.01),
@@ -84,10 +91,12 @@ def arguments(
 
 
 def call_public(name: str, args: tuple):
-    """The documented function, where accumulate, adaptive and eta are by keyword."""
+    """The documented function, where accumulate, adaptive, eta, leak and there are by keyword."""
     function = getattr(ops, name)
     if name == "perturb_":
         return function(*args[:6], adaptive=args[6], eta=args[7])
+    if name == "graddrop_":
+        return function(args[0], args[3], leak=args[1], there=args[2], out=args[4])
     if name == "pack_row_":
         return function(*args[:3], accumulate=args[3])
     return function(*args)

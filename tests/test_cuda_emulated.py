@@ -533,6 +533,55 @@ def test_project_skips_zero_coefficients(emu, rng):
     assert relative(out.view[0], j[0] + 2 * j[2]) < 1e-6
 
 
+@pairs
+@pytest.mark.parametrize("tasks", [1, 2, 5, 17, 600])
+def test_graddrop(built, rng, dtype, beside, tasks):
+    """The bits of the reference body, whatever the layout; the step is counted once."""
+    for n, columns in enumerate((0, 1, 7, 1023) if tasks > 100 else (0, 7, 1023, 8209)):
+        built.emulated_order(n % 3, n)
+        layout = list(LAYOUTS)[(n + tasks) % 4]
+        jac, _ = matrix(rng, tasks, columns, dtype, layout)
+        leak = doubles(rng.random(tasks)) if n % 2 else None
+        there = np.ones(tasks, bool)
+        if tasks > 2:  # a row that must not be read
+            there[1] = False
+            jac.view[1] = to_row(np.full(columns, np.nan), dtype)
+        state = np.array([rng.integers(1 << 62), 2**32 + n], np.int64)
+        expected = drop_reference(jac, dtype, beside, leak, there, state)
+        out = buffer(to_row(np.full(columns, np.nan), beside), shift=n % 2)
+        run(
+            built.emulated_graddrop(
+                CODES[dtype],
+                CODES[beside],
+                jac.address,
+                ctypes.c_int64(jac.stride),
+                leak and leak.address,
+                there.ctypes.data_as(ctypes.c_void_p) if tasks > 2 else None,
+                state.ctypes.data_as(ctypes.c_void_p),
+                tasks,
+                ctypes.c_int64(columns),
+                out.address,
+            )
+        )
+        out.check()
+        assert state[1] == 2**32 + n + 1
+        assert np.array_equal(from_row(out.view[0], beside), expected)
+    assert built.emulated_error() == b""
+
+
+def drop_reference(jac, dtype, beside, leak, there, state):
+    """The reference body's result, as float64."""
+    import torch
+
+    from flatmtl.ops import reference
+
+    rows = torch.from_numpy(from_row(jac.view, dtype)).to(getattr(torch, dtype))
+    out = torch.empty(rows.shape[1], dtype=getattr(torch, beside))
+    held = None if leak is None else torch.from_numpy(leak.view[0].copy())
+    reference.graddrop_(rows, held, torch.from_numpy(there), torch.from_numpy(state.copy()), out)
+    return out.double().numpy()
+
+
 def test_affinity(emu, rng):
     for tasks in (1, 3, 40):
         g = rng.standard_normal((tasks, tasks))

@@ -14,6 +14,7 @@ from stub_methods import Back, Count, Inverse, Largest, Learned, Momentum, Relat
 from torch import Tensor, nn
 
 import flatmtl
+import flatmtl.interchange
 from flatmtl import SAM, AffinityProbe, Batched, MultiTaskOptimizer, Representation
 from flatmtl.weighting import CRMOGM, MGDA, GradVac, Mean, NashMTL, PCGrad
 
@@ -387,6 +388,7 @@ def test_looking_back_sees_the_same_batch_after_the_step(rng):
     assert len(method.seen) == 1
     opt.step([lambda x=x: net.losses(x) for x in xs])
     assert len(method.seen) == 2
+    close(method.seen[-1][1], torch.stack(net.losses(xs[1])).detach())  # of the last one seen
     with pytest.raises(ValueError, match="losses must be a closure"):
         opt.backward(net.losses(xs[0]))
 
@@ -705,3 +707,50 @@ def test_losses_must_be_given_to_aggregate(rng):
     close(flatmtl.aggregate(jac, Relative(), losses=losses), want)
     with pytest.raises(TypeError, match="weighting must work on Gram matrices"):
         CRMOGM(Inverse())
+
+
+def test_what_tasks_reach_may_change_between_one_pass_steps(rng):
+    """A layer that joins later, one that becomes shared, and one whose owner is missing."""
+    net, x = Net(), batch(rng)
+    extra = nn.Linear(5, 4).double()
+
+    def closure(late: bool, third: bool):
+        h = net.trunk(x).tanh()
+        z = (extra(x) + h).tanh() if late else h
+        a = net.heads[0](z).square().mean() + 1
+        b = net.heads[1](h).sub(1).square().mean() + 1
+        return [a, b, net.heads[2](z).sub(2).square().mean() + 1 if third else None]
+
+    base = torch.optim.SGD([*extra.parameters(), *net.parameters()], lr=0.0)
+    opt = MultiTaskOptimizer(base, weighting=Inverse())
+    for late, third in ((False, False), (True, False), (True, True), (False, True)):
+        opt.step(lambda late=late, third=third: closure(late, third))
+        total = sum(loss.log() for loss in closure(late, third) if loss is not None)
+        params = [*extra.parameters(), *net.parameters()]
+        for p, g in zip(params, torch.autograd.grad(total, params, allow_unused=True), strict=True):
+            assert (p.grad is None) == (g is None)
+            if g is not None:
+                close(p.grad, g)
+
+
+def test_a_layer_of_a_missing_task_that_another_reaches_is_an_error_not_a_lost_gradient(rng):
+    net, x = Net(), batch(rng)
+    extra = nn.Linear(5, 4).double()
+
+    def closure(step: int):
+        h = net.trunk(x).tanh()
+        z = (extra(x) + h).tanh()
+        a = net.heads[0](z if step == 1 else h).square().mean()
+        return [a, None if step == 1 else net.heads[1](z).square().mean()]
+
+    base = torch.optim.SGD([*extra.parameters(), *net.parameters()], lr=0.0)
+    opt = MultiTaskOptimizer(base, weighting=Count())
+    opt.step(lambda: closure(0))
+    with pytest.raises(ValueError, match="must keep one role"):
+        opt.step(lambda: closure(1))
+
+
+@pytest.mark.parametrize("method", [Inverse(), Relative(), Largest()])
+def test_torchjd_takes_gramians_alone(method):
+    with pytest.raises(TypeError, match="weighting must work on Gram matrices, got"):
+        flatmtl.interchange.to_torchjd(method)

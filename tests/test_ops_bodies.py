@@ -89,7 +89,7 @@ def test_only_the_declared_arguments_are_written(name, dtype, wide, accumulate):
                "perturb_": [0], "restore_": [0], "draw_order_": [0], "solve_random_": [1],
                "solve_pcgrad_drawn_": [1], "solve_gradvac_drawn_": [1, 2], "solve_gradvac": [2],
                "solve_nash_": [1], "solve_pcd_": [1], "solve_sdmgrad_": [1],
-               "solve_modo_": [1]}  # fmt: skip
+               "solve_modo_": [1], "graddrop_": [3, 4]}  # fmt: skip
     args = made(name, dtype, "cpu", wide, accumulate)
     after = copied(args)
     overload(name)(*after)

@@ -40,6 +40,9 @@ def everything(body, jac, sam, a, b, grads, offsets) -> list[torch.Tensor]:
     body.combine(jac, a, out)
     body.combine_flat(jac, a, sam, b, flat)
     body.project(jac, torch.stack([a, b, a + b, a * b, -a])[: len(projected)], projected)
+    dropped, leaked, stream = out.clone(), out.clone(), torch.tensor([3, 4], device=jac.device)
+    body.graddrop_(jac, None, None, stream, dropped)
+    body.graddrop_(jac, a.sigmoid(), a > -1, stream, leaked)
     sq = body.pack_row_(row, grads, offsets)
     twice = jac[-1].clone()
     sq_twice = body.pack_row_(twice, grads, offsets, True)
@@ -53,7 +56,8 @@ def everything(body, jac, sam, a, b, grads, offsets) -> list[torch.Tensor]:
     v = [t for solver in solvers(body, gram, order[0]) for t in solver]
     others = [body.gram_difference(sam, jac), body.row_norms(jac), sq, asam, order, twice, sq_twice]
     pair = body.gram_pair(sam, jac)
-    return [out, flat, projected, row, gram, *params, *k, *v, *others, *pair]
+    drops = [dropped, leaked, stream]
+    return [out, flat, projected, row, gram, *params, *k, *v, *others, *pair, *drops]
 
 
 def inputs(rng, tasks: int, size: int, dtype: torch.dtype, device: str, beside: torch.dtype):

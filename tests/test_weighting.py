@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from methods import ALL, CROSS, LOSS, SIGNED, make
+from methods import ALL, BOTH, CROSS, LOSS, ROWS, SIGNED, make
 from problems import FAMILIES, family
 
 import flatmtl
@@ -27,6 +27,7 @@ CLASSES = {
     "sdmgrad": package.SDMGrad, "modo": package.MoDo, "cr_mogm": package.CRMOGM,
     "rlw": package.RandomLossWeighting,
 }  # fmt: skip
+OTHERS = {"imtl": package.IMTL, "gradnorm": package.GradNorm, "emtl_like": package.EMTLLike}
 each = pytest.mark.parametrize("name", ALL)
 
 
@@ -57,15 +58,18 @@ def test_the_long_name_of_rlw():
 
 
 def test_the_list_is_complete():
-    assert list(CLASSES) == ALL and set(package.METHODS) == {*ALL, *LOSS}
-    assert {m.name: m.cls for m in package.methods() if m.name in ALL} == CLASSES
+    assert list(CLASSES) == ALL and list(OTHERS) == BOTH
+    assert set(package.METHODS) == {*ALL, *BOTH, *LOSS, *ROWS}
+    named = {m.name: m.cls for m in package.methods() if m.name not in LOSS + ROWS}
+    assert named == {**CLASSES, **OTHERS}
     for kind in package.METHODS.values():
         assert kind.__name__ in package.__all__
 
 
 def test_the_listing():
     """Paper, year, needs and state of every method."""
-    needs = {"gram", "norms", "cross-gram of two batches", "nothing", "losses"}
+    needs = {"gram", "norms", "gram and losses", "norms and losses", "cross-gram of two batches",
+             "nothing", "losses", "rows", "rows and losses"}  # fmt: skip
     for method in package.methods():
         assert method.needs in needs or method.name == "cr_mogm", method
         assert (method.needs == "cross-gram of two batches") == (method.name in CROSS)

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -149,6 +150,16 @@ inline void check_out_row(const Tensor& out, const Tensor& jac) {
   check_beside("out", out, "jac", jac);
   STD_TORCH_CHECK(out.size(0) == jac.size(1), "out must have ", jac.size(1), " elements, got ",
                   out.size(0));
+}
+
+// graddrop_'s operands.
+inline void check_drop(const Tensor& jac, const std::optional<Tensor>& leak,
+                       const std::optional<Tensor>& there, const Tensor& rng, const Tensor& out) {
+  check_rows("jac", jac);
+  if (leak) check_small("leak", *leak, ScalarType::Double, jac, {jac.size(0)});
+  if (there) check_small("there", *there, ScalarType::Bool, jac, {jac.size(0)});
+  check_small("rng", rng, ScalarType::Long, jac, {2});
+  check_out_row(out, jac);
 }
 
 // perturb_'s operands.

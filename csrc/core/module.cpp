@@ -1,6 +1,8 @@
-// flatmtl._core: what is no tensor operator. Build information and the selection of task groups.
+// flatmtl._core: what is no tensor operator. Build information, the selection of task groups, and
+// the order of tasks.
 #include <pybind11/pybind11.h>
 
+#include "ordering.h"
 #include "selection.h"
 
 #ifndef FLATMTL_BUILD_TORCH
@@ -29,4 +31,5 @@ PYBIND11_MODULE(_core, m) {
       "and "
       "the CUDA architectures.");
   bind_selection(m);
+  bind_ordering(m);
 }

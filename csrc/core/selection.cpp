@@ -11,6 +11,7 @@
 #include "../selection/exact.h"
 #include "../selection/listed_scores.h"
 #include "../selection/local_search.h"
+#include "watch.h"
 
 namespace py = pybind11;
 namespace sel = flatmtl::selection;
@@ -19,23 +20,6 @@ namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-// Ctrl-C and progress, from the calling thread; the GIL is free in between.
-class PythonWatch : public sel::Watch {
- public:
-  explicit PythonWatch(py::object progress) : progress_(std::move(progress)) {}
-
- protected:
-  void pause(double fraction) override {
-    py::gil_scoped_acquire lock;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (!progress_.is_none() && (odd_ = !odd_)) progress_(fraction);  // every second pause
-  }
-
- private:
-  py::object progress_;
-  bool odd_ = true;
-};
 
 void require(bool right, const char* what) {
   if (!right) throw py::value_error(what);

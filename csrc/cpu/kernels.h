@@ -46,6 +46,12 @@ struct Kernels {
   // T].
   void (*project)(Row, Rows jac, const double* coefficients, int64_t tasks, int64_t outputs,
                   void* out, int64_t out_stride, int64_t begin, int64_t end);
+  // out[begin, end) = the sum of the positive or of the negative entries of the `count` rows
+  // `index` of jac: the positive ones where their share of the sum of magnitudes is above U, from
+  // Philox(key; column / 4, 0, step). leak (one a row of jac, or null): the part of the others
+  // that is added. begin: a multiple of 4.
+  void (*drop)(Row, Row out_type, Rows jac, const int64_t* index, int64_t count, const double* leak,
+               uint64_t key, uint32_t step, void* out, int64_t begin, int64_t end, bool stream);
   // row[begin, end) <- the segments' elements, 0 between them; accumulate: they are added to the
   // row, which stays as it is between them. Returns the sum of squares of what then stands there.
   // Only copies are streamed, neither sums nor what changes its type.

@@ -13,6 +13,7 @@ namespace {
 // clang-format off
 #include "simd.h"
 #include "flat_body.h"
+#include "drop_body.h"
 #include "gram_body.h"
 // clang-format on
 
@@ -62,6 +63,14 @@ const Kernels kTable = {
        int64_t out_stride, int64_t begin, int64_t end) {
       by_row(row, [&](auto d) {
         project_of<decltype(d)>(jac, coefficients, tasks, outputs, out, out_stride, begin, end);
+      });
+    },
+    [](Row row, Row out_type, Rows jac, const int64_t* index, int64_t count, const double* leak,
+       uint64_t key, uint32_t step, void* out, int64_t begin, int64_t end, bool stream) {
+      by_rows(row, out_type, [&](auto d, auto o) {
+        const auto run = leak ? drop_of<decltype(d), decltype(o), true>
+                              : drop_of<decltype(d), decltype(o), false>;
+        run(jac, index, count, leak, key, step, out, begin, end, stream);
       });
     },
     [](Row row, Row segments_type, Segments segments, void* to, bool accumulate, int64_t begin,

@@ -7,11 +7,13 @@
 #include <cmath>
 #include <memory>
 #include <new>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../common/check.h"
 #include "../common/operands.h"
+#include "../solvers/drop.h"
 #include "kernels.h"
 
 namespace flatmtl::cpu {
@@ -236,6 +238,29 @@ void project(const Tensor& jac, const Tensor& coefficients, const Tensor& out) {
   });
 }
 
+void graddrop_(const Tensor& jac, const std::optional<Tensor>& leak,
+               const std::optional<Tensor>& there, const Tensor& rng, const Tensor& out) {
+  check_drop(jac, leak, there, rng, out);
+  const int64_t tasks = jac.size(0), columns = jac.size(1);
+  const bool* counted = there ? static_cast<const bool*>(there->const_data_ptr()) : nullptr;
+  std::vector<int64_t> index;
+  for (int64_t i = 0; i < tasks; ++i)
+    if (!counted || counted[i]) index.push_back(i);
+  int64_t* state = data<int64_t>(rng);
+  const uint64_t seed = static_cast<uint64_t>(state[0]), step = static_cast<uint64_t>(state[1]);
+  const Rows rows = rows_of(jac);
+  const Row row = row_of(jac), sum = row_of(out);
+  void* to = out.mutable_data_ptr();
+  const bool stream = beyond_caches(columns, sum);
+  const Chunks chunks = cut(columns, 8192, INT64_MAX / 2);
+  run(chunks, chunks.size * (tasks + 1), [&](int64_t first, int64_t last) {
+    kernels().drop(row, sum, rows, index.data(), static_cast<int64_t>(index.size()),
+                   leak ? small(*leak) : nullptr, drop_key(seed, step), static_cast<uint32_t>(step),
+                   to, chunks.begin(first), chunks.end(last - 1), stream);
+  });
+  state[1] = static_cast<int64_t>(step + 1);
+}
+
 Tensor affinity(const Tensor& gram, const Tensor& losses, double lr) {
   const int64_t tasks = gram.size(0);
   check_small("gram", gram, ScalarType::Double, gram, {tasks, tasks});
@@ -314,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatmtl, CPU, m) {
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_flat", TORCH_BOX(&combine_flat));
   m.impl("project", TORCH_BOX(&project));
+  m.impl("graddrop_", TORCH_BOX(&graddrop_));
   m.impl("affinity", TORCH_BOX(&affinity));
   m.impl("pack_row_", TORCH_BOX(&pack_row_));
   m.impl("adaptive_sq_norm", TORCH_BOX(&adaptive_sq_norm));

@@ -4,6 +4,7 @@
 
 #include "../solvers/normal.h"
 #include "../solvers/order.h"
+#include "advance.cuh"
 #include "solve.cuh"
 
 namespace flatmtl::kernels {
@@ -25,11 +26,6 @@ __global__ void __launch_bounds__(kThreads)
   BlockTeam team;
   draw_normal(team, seed, step, blockIdx.x, tasks, out + blockIdx.x * tasks);
   if (kAdvance && threadIdx.x == 0) rng[1] = static_cast<int64_t>(step + 1);
-}
-
-template <int kStep>
-__global__ void advance_kernel(int64_t* rng) {
-  rng[1] = static_cast<int64_t>(static_cast<uint64_t>(rng[1]) + kStep);
 }
 
 // Blocks of one launch read the step in no order: with more than one it is counted by a launch of

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatmtl.affinity import _choice
-from flatmtl.affinity._names import printable
+from flatmtl.affinity._command import guarded
+from flatmtl.affinity._names import known, printable
 from flatmtl.affinity._progress import Bar
 from flatmtl.affinity.record import QUANTITIES, AffinityRecord
-from flatmtl.losses import TaskName
 
 if TYPE_CHECKING:
     from flatmtl.grouping import Grouping
 
-_INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
-_CUT_SHORT = 141  # and for one whose output is not read to the end
 _QUICK = 18  # tasks for which a second search takes no time worth a word
 
 DESCRIPTION = """\
@@ -94,21 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
-    try:
-        status = _run(args)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("group: stopped", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:  # whoever read has enough, as head has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the exit complain
-        return _CUT_SHORT
-    except OSError as error:
-        about = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _fail(about)
-    except (ValueError, ImportError, MemoryError) as error:
-        return _fail(str(error) or type(error).__name__)
+    return guarded("group", lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -132,8 +114,8 @@ def _run(args: argparse.Namespace) -> int:
         "allow_single": args.allow_single,
     }
     limits = {
-        "must": [_known(record, names) for names in args.must],
-        "must_not": [_known(record, names) for names in args.must_not],
+        "must": [known(record.tasks, names) for names in args.must],
+        "must_not": [known(record.tasks, names) for names in args.must_not],
         "partition": args.partition,
     }
     near_ties = args.near_ties
@@ -236,16 +218,6 @@ def _write_csv(path: Path, grouping: Grouping) -> None:
                 writer.writerow([number + 1, task, "yes" if here else "no", score])
 
 
-def _known(record: AffinityRecord, names: list[str]) -> list[TaskName]:
-    """The tasks that are called so; a number may be the name of an int or of a string."""
-    called = {str(task): task for task in record.tasks}
-    strange = [name for name in names if name not in called]
-    if strange:
-        some = ", ".join(map(str, record.tasks[:8])) + (", ..." if len(record.tasks) > 8 else "")
-        raise ValueError(f"unknown task {strange[0]!r}; the tasks are {some}")
-    return [called[name] for name in names]
-
-
 def _names(text: str) -> list[str]:
     rows = list(csv.reader([text], skipinitialspace=True))
     names = [name.strip() for name in rows[0]] if rows else []
@@ -264,8 +236,3 @@ def _epochs(text: str) -> slice:
         return slice(start, int(last) if last.strip() else None)
     except (ValueError, AssertionError):
         raise argparse.ArgumentTypeError(f"must be A:B, A: or A, got {text!r}") from None
-
-
-def _fail(message: str) -> int:
-    print(f"group: {' '.join(message.split())}", file=sys.stderr)
-    return 2

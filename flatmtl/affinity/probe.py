@@ -71,7 +71,7 @@ class AffinityProbe:
 
     Raises:
         TypeError, ValueError: an argument is none of the above; or the optimizer is a MultiTaskOptimizer
-            without a gradient for each task (``SAMO``, ``Representation``).
+            without a gradient for each task (``SAMO``, ``CoopFlat``, ``Representation``).
     """
 
     def __init__(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from flatmtl.losses import Losses
-from flatmtl.passes import takes_tasks
 
 
 def check_alone(processes: int) -> None:
@@ -24,16 +24,15 @@ def check_alone(processes: int) -> None:
 
 
 def divided(closure: Callable[..., Losses], by: int) -> Callable[..., Losses]:
-    """The closure, with its losses divided; it takes ``tasks=`` if the closure does."""
+    """The closure, with its losses divided; it takes the arguments that the closure does."""
     if by == 1:
         return closure
-    if not takes_tasks(closure):
-        return lambda: divide(closure(), by)
 
-    def by_task(tasks: Sequence[int | str] | None = None) -> Losses:
-        return divide(closure() if tasks is None else closure(tasks=tasks), by)
+    @functools.wraps(closure)
+    def run(**asked: object) -> Losses:
+        return divide(closure(**asked), by)
 
-    return by_task
+    return run
 
 
 def divide(losses: Losses, by: float) -> Losses:

@@ -5,7 +5,8 @@ It imports neither ``lightning`` nor ``pytorch_lightning``, and works with the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from flatmtl.integrations._micro import check_alone, divide, divided
 from flatmtl.losses import Losses
 from flatmtl.optimizer import MultiTaskOptimizer
-from flatmtl.passes import takes_tasks
 from flatmtl.sharpness import check_whole
 
 __all__ = ["MultiTaskMixin"]
@@ -149,18 +149,14 @@ class MultiTaskMixin:
 
     def _closure(self, batch: Any) -> Callable[..., Losses]:  # noqa: ANN401
         """The batch's losses, in the context of the Trainer's precision."""
+        losses = functools.partial(self.multitask_losses, batch)
 
-        def run(**options: Any) -> Losses:  # noqa: ANN401
+        @functools.wraps(losses)
+        def run(**asked: object) -> Losses:
             with self.trainer.precision_plugin.train_step_context():
-                return self.multitask_losses(batch, **options)
+                return losses(**asked)
 
-        if not takes_tasks(self.multitask_losses):
-            return run
-
-        def by_task(tasks: Sequence[int | str] | None = None) -> Losses:
-            return run() if tasks is None else run(tasks=tasks)
-
-        return by_task
+        return run
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -92,8 +92,8 @@ def permutation_p(
 ) -> float:
     """How likely a correlation at least as strong is by chance, two-sided, from random orders of ``b``.
 
-    (1 + orders with |statistic| at least the observed one) / (1 + draws): never 0, and no smaller than
-    1 / n! means anything.
+    (1 + orders with |statistic| at least the observed one) / (1 + draws): never 0. Among all n! orders at
+    least two are as strong as any: below 2 / n! it means nothing.
 
     Args:
         a: [n] numbers.

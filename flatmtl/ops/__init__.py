@@ -47,6 +47,7 @@ __all__ = [
     "combine",
     "combine_flat",
     "draw_order_",
+    "graddrop_",
     "gram",
     "gram_difference",
     "gram_pair",
@@ -259,6 +260,54 @@ def project(jac: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Ten
         _check.shape("out", out, matrix.shape[0], jac.shape[1])
         _check.no_overlap("out", out, "jac", jac)
     _ops.project.default(jac, _check.double(matrix), out)
+    _written(out)
+    return out
+
+
+def graddrop_(
+    jac: Tensor,
+    rng: Tensor,
+    *,
+    leak: Tensor | None = None,
+    there: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """GradDrop (Chen et al., arXiv 2010.06808), d = sum_i (l_i + (1 - l_i) M_i) jac_i, in one pass.
+
+    For every column one uniform number U is drawn, by Philox from the column, the seed and the step: the
+    same on every device. M keeps the positive entries where P > U and the negative ones elsewhere, P =
+    0.5 (1 + sum g / sum |g|). That is asked as p (1 - U) > n U, with p and n the sums of the positive
+    entries and of the negative ones' magnitudes: there is no 0 / 0 (a column of zeros gives 0) and no
+    eps. An absolute eps, 1e-7 in other code, turns the choice into a coin's for gradients of 1e-8. The
+    sum over the rows is taken in their order in float32, for float64 rows in float64; U has 23 bits.
+
+    Args:
+        jac: [T, P].
+        rng: int64 [2], (seed, step) on the device of ``jac``; step is advanced by one.
+        leak: float32 or float64 [T], 0 to 1, the part of a task's dropped entries that is added all the
+            same; None: 0.
+        there: bool [T], the rows that count; the others are not read. None: all.
+        out: [P], as in ``combine``; allocated if None. Must not share memory with ``jac``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    jac = _check.rows("jac", jac)
+    _check.like("rng", _check.tensor("rng", rng, (torch.int64,)), "jac", jac, dtype=False)
+    _check.shape("rng", rng, 2)
+    if not rng.is_contiguous():
+        raise ValueError(f"rng must be contiguous, got stride {list(rng.stride())}")
+    if leak is not None:
+        leak = _check.weights("leak", leak, jac)
+    if there is not None:
+        _check.like("there", _check.tensor("there", there, (torch.bool,)), "jac", jac, dtype=False)
+        _check.shape("there", there, jac.shape[0])
+        there = there.contiguous()
+    out = _out_row(out, jac)
+    _ops.graddrop_.default(jac, leak, there, rng, out)
     _written(out)
     return out
 

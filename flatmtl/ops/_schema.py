@@ -24,6 +24,9 @@ SCHEMAS: dict[str, str] = {
     "combine": "(Tensor jac, Tensor weights, Tensor(a!) out) -> ()",
     "combine_flat": "(Tensor jac, Tensor a, Tensor sam, Tensor b, Tensor(a!) out) -> ()",
     "project": "(Tensor jac, Tensor coefficients, Tensor(a!) out) -> ()",
+    "graddrop_": (
+        "(Tensor jac, Tensor? leak, Tensor? there, Tensor(a!) rng, Tensor(b!) out) -> ()"
+    ),
     "affinity": "(Tensor gram, Tensor losses, float lr) -> Tensor",
     "pack_row_": (
         "(Tensor(a!) row, Tensor[] grads, int[] offsets, bool accumulate=False) -> Tensor"
@@ -123,6 +126,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "combine": _fake_nothing,
     "combine_flat": _fake_nothing,
     "project": _fake_nothing,
+    "graddrop_": _fake_nothing,
     "affinity": lambda gram, losses, lr: _fake_square(gram),
     "pack_row_": _fake_pack_row,
     "adaptive_sq_norm": lambda saved, row, eta: _double(row),

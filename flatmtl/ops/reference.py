@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flatmtl.ops.reference_solvers import *  # noqa: F403 (their names are looked up here)
+from flatmtl.ops.reference_solvers.random import uniform_columns
 
 BLOCK = 1 << 16  # columns a block: bounds the float64 copies
 
@@ -94,6 +95,35 @@ def project(jac: Tensor, coefficients: Tensor, out: Tensor) -> None:
     """out [R, P] <- coefficients [R, T] @ jac."""
     for row in range(coefficients.shape[0]):
         combine(jac, coefficients[row], out[row])
+
+
+def graddrop_(
+    jac: Tensor, leak: Tensor | None, there: Tensor | None, rng: Tensor, out: Tensor
+) -> None:
+    """out [P] <- sum_i (l_i + (1 - l_i) M_i) jac_i, M by GradDrop's signs; rng (seed, step), step += 1.
+
+    P > U, P = 0.5 (1 + sum g / sum |g|), without its division: above (1 - U) > -below U, with the sums
+    of the positive and of the negative entries.
+    """
+    dtype = _accumulate(jac.dtype)
+    zero = torch.zeros((), dtype=dtype, device=jac.device)
+    for block in _columns(jac.shape[1]):
+        above, below, up, down = (out.new_zeros(out[block].shape, dtype=dtype) for _ in range(4))
+        for i in range(jac.shape[0]):
+            row = jac[i, block].to(dtype)
+            if there is not None:
+                row = torch.where(there[i], row, zero)
+            # NaN, neither above nor below 0, goes to both sides
+            above += torch.where(row < 0, zero, row)
+            below += torch.where(row > 0, zero, row)
+            if leak is not None:
+                part = leak[i].to(dtype) * row
+                up += torch.where(row < 0, part, row)
+                down += torch.where(row > 0, part, row)
+        kept = (above, below) if leak is None else (up, down)
+        uniform = uniform_columns(rng, block.start, block.stop).to(dtype)
+        out[block] = torch.where(above * (1 - uniform) > -below * uniform, *kept)
+    rng[1] += 1
 
 
 def affinity(gram: Tensor, losses: Tensor, lr: float) -> Tensor:

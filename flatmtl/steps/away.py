@@ -82,6 +82,9 @@ def perturbed_passes(
     present: set[int],
     move: Callable[[int], None],
     scale: Tensor | None,
+    *,
+    query: bool = False,
+    correct: Callable[[int], list[Tensor]] | None = None,
 ) -> tuple[list[Tensor | None], dict[int, list[Tensor]]]:
     """Task by task: perturbed, forward, backward into the ``sam`` rows.
 
@@ -92,6 +95,8 @@ def perturbed_passes(
         present: the tasks that have a loss.
         move: perturbs the parameters for a task.
         scale: loss scale.
+        query: the passes are of query data, where the closures have them.
+        correct: changes a task's rows, the parameters being where they were, and gives their squared norms.
 
     Returns:
         The losses there, and the squared norms of the rows of each task.
@@ -106,7 +111,7 @@ def perturbed_passes(
                     roles.shared.sam[task].zero_()
                 continue
             move(task)
-            for losses, position in passes.again(roles.tasks, task):
+            for losses, position in passes.again(roles.tasks, task, query=query):
                 norms[task] = capture_perturbed(
                     losses, task, position, roles, scale, accumulate=task in norms
                 )
@@ -114,6 +119,10 @@ def perturbed_passes(
                 losses.outputs.clear()
             if task in roles.own:
                 roles.own[task].restore()
+            if correct is not None:
+                if roles.shared is not None:
+                    roles.shared.restore()
+                norms[task] = correct(task)
 
     away(engine, passes, roles, run)
     return after, norms

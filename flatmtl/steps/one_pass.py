@@ -29,13 +29,29 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
             engine.capture = WeightedBackward(roles, weights, scale, together=True)
         backward = engine.capture
         backward.weights = weights
-        follow(roles, losses, [(backward, _update)])
+
+        def settle(
+            roles: Roles = roles, losses: TaskLosses = losses, so_far: WeightedBackward = backward
+        ) -> Tensor | None:
+            follow(roles, losses, [(so_far, _update)])
+            return _update(roles)
+
+        # What the tasks reach is asked of the graph once; later only a gradient that arrives where none
+        # was known tells of more: one pass weighs them right whatever the roles.
+        if not roles.knows(losses.present):
+            settle()
         engine.roles = roles
         if engine.measures:
             gram = _measured(engine, passes, roles, losses, scale)
         lost = seen.lost
         backward.add(
-            losses, _update(roles), perturbed=False, retain_graph=False, own=True, without=lost
+            losses,
+            _update(roles),
+            perturbed=False,
+            retain_graph=False,
+            own=True,
+            without=lost,
+            surprised=settle,
         )
         engine.lost.update(lost)
     known = engine.roles

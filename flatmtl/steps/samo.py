@@ -10,6 +10,7 @@ from torch import Tensor
 from flatmtl.passes import Passes
 from flatmtl.roles import Roles
 from flatmtl.sharpness import Radii
+from flatmtl.spsa import Directions
 from flatmtl.steps.away import perturb, perturbed_passes, with_perturbed
 from flatmtl.steps.reach import follow
 from flatmtl.weighted import WeightedBackward
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> None:
     """One clean backward pass of all losses; every task bent, perturbed and taken again."""
-    assert engine.directions is not None
     directions = engine.directions
+    assert isinstance(directions, Directions)
     for roles, losses in engine.clean_passes(passes):
         if not isinstance(engine.capture, WeightedBackward):
             device = roles.params[0].device

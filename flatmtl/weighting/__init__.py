@@ -12,18 +12,25 @@ from flatmtl.weighting.cagrad import CAGrad
 from flatmtl.weighting.config import ConFIG
 from flatmtl.weighting.constant import Constant
 from flatmtl.weighting.cr_mogm import CRMOGM
+from flatmtl.weighting.db_mtl import DBMTL
 from flatmtl.weighting.dualproj import DualProj
 from flatmtl.weighting.dwa import DWA
+from flatmtl.weighting.emtl_like import EMTLLike
+from flatmtl.weighting.excess_mtl import ExcessMTL
 from flatmtl.weighting.fairgrad import FairGrad
 from flatmtl.weighting.famo import FAMO
 from flatmtl.weighting.gls import GLS
 from flatmtl.weighting.go4align import GO4Align
+from flatmtl.weighting.graddrop import GradDrop
+from flatmtl.weighting.gradnorm import GradNorm
 from flatmtl.weighting.gradvac import GradVac
+from flatmtl.weighting.imtl import IMTL
 from flatmtl.weighting.imtl_g import IMTLG
 from flatmtl.weighting.imtl_l import IMTLL
 from flatmtl.weighting.krum import Krum
 from flatmtl.weighting.mean import Mean
 from flatmtl.weighting.mgda import MGDA
+from flatmtl.weighting.moco import MoCo
 from flatmtl.weighting.modo import MoDo
 from flatmtl.weighting.nash_mtl import NashMTL
 from flatmtl.weighting.pcd import PCD
@@ -35,15 +42,18 @@ from flatmtl.weighting.sdmgrad import SDMGrad
 from flatmtl.weighting.slaw import SLAW
 from flatmtl.weighting.stch import STCH
 from flatmtl.weighting.sum import Sum
+from flatmtl.weighting.trimmed_mean import TrimmedMean
 from flatmtl.weighting.upgrad import UPGrad
 from flatmtl.weighting.uw import UncertaintyWeighting
 
 __all__ = [
     "BMTL",
     "CRMOGM",
+    "DBMTL",
     "DWA",
     "FAMO",
     "GLS",
+    "IMTL",
     "IMTLG",
     "IMTLL",
     "METHODS",
@@ -57,12 +67,17 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "EMTLLike",
+    "ExcessMTL",
     "FairGrad",
     "GO4Align",
+    "GradDrop",
+    "GradNorm",
     "GradVac",
     "Krum",
     "Mean",
     "MethodInfo",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "PCGrad",
@@ -71,6 +86,7 @@ __all__ = [
     "ScaleInvariant",
     "SolveStatus",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
     "Weighting",
@@ -111,6 +127,14 @@ METHODS: dict[str, type[Weighting]] = {
     "bmtl": BMTL,
     "stch": STCH,
     "go4align": GO4Align,
+    "imtl": IMTL,
+    "gradnorm": GradNorm,
+    "emtl_like": EMTLLike,
+    "graddrop": GradDrop,
+    "trimmed_mean": TrimmedMean,
+    "moco": MoCo,
+    "db_mtl": DBMTL,
+    "excess_mtl": ExcessMTL,
 }
 
 

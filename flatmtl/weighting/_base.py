@@ -159,8 +159,11 @@ class Weighting:
         assert gram is not None
         return self(gram)
 
-    def _own_weights(self, weights: Tensor) -> Tensor | None:
-        """float64 [T], of the gradients of the tasks' own parameters at this step; None: each as it is."""
+    def _own_weights(self, weights: Tensor | None) -> Tensor | None:
+        """float64 [T], of the gradients of the tasks' own parameters at this step; None: each as it is.
+
+        ``weights``: those of the shared ones; None where the update is no weighted sum.
+        """
         return None
 
     def parameters(self) -> list[nn.Parameter]:

@@ -21,21 +21,22 @@ def centres(values: Tensor, groups: int, there: Tensor | None) -> Tensor:
         float64 [T].
     """
     tasks = values.shape[0]
+    before, barrier, places = _constants(tasks, values.device)
+    ones = torch.ones_like(values)
     if there is not None:
         values = torch.where(there, values, torch.inf)
     sorted_, order = values.sort()
-    # sums before each place, [T + 1]; what does not count lies at the end, with no weight
-    inside = sorted_.isfinite()
     shift = sorted_[:1]  # of numbers near each other the squares are told apart better
-    apart = torch.where(inside, sorted_ - shift, 0.0)
-    sums = torch.stack((inside.to(torch.float64), apart, apart.square())).cumsum(1)
-    sums = torch.nn.functional.pad(sums, (1, 0))
-    # [3, from, to): one group from here to there
+    apart = sorted_ - shift
+    if there is not None:  # what does not count lies at the end, with no weight
+        inside = sorted_.isfinite()
+        apart = torch.where(inside, apart, 0.0)
+        ones = inside.to(torch.float64)
+    sums = torch.stack((ones, apart, apart.square())) @ before  # [3, T + 1], before each place
+    # [from, to) of one group: how many, their sum and that of their squares, all [T + 1, T + 1]
     number, first, second = (sums[:, None, :] - sums[:, :, None]).unbind(0)
-    mean = first / number.clamp(min=1.0)
-    cost = second - first * mean
-    places = torch.arange(tasks + 1, device=values.device)
-    cost = torch.where(places[:, None] < places, cost.clamp_(min=0.0), torch.inf)
+    mean = first / number.clamp_(min=1.0)
+    cost = torch.addcmul(second, first, mean, value=-1.0).add_(barrier)
     best = cost[0]  # [to), of one group
     choices = []  # for each further group and its end, where it begins
     for _ in range(groups - 1):
@@ -44,8 +45,16 @@ def centres(values: Tensor, groups: int, there: Tensor | None) -> Tensor:
     ends = [places[-1:]]
     for begin in reversed(choices):
         ends.append(begin[ends[-1]])
-    end = torch.cat(ends[::-1])  # [groups]
-    begin = torch.nn.functional.pad(end[:-1], (1, 0))
-    group = (places[:-1, None] >= end).sum(1)
-    found = (mean[begin, end] + shift)[group]
+    ends.append(places[:1])
+    edges = torch.cat(ends[::-1])  # [groups + 1]
+    group = torch.bucketize(places[:-1], edges, right=True) - 1
+    found = (mean[edges[:-1], edges[1:]] + shift)[group]
     return torch.empty_like(found).scatter_(0, order, found)
+
+
+def _constants(tasks: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What sums the numbers before each place [T, T + 1], what forbids empty groups, the places [T + 1]."""
+    places = torch.arange(tasks + 1, device=device)
+    before = (places[:-1, None] < places).to(torch.float64)
+    barrier = torch.where(places[:, None] < places, 0.0, torch.inf).to(torch.float64)
+    return before, barrier, places

@@ -1,4 +1,4 @@
-"""What the methods with a learned number a task share."""
+"""What the methods share that learn one number a task with the base optimizer."""
 
 from __future__ import annotations
 
@@ -8,98 +8,108 @@ import torch
 from torch import Tensor, nn
 
 from flatmtl.weighting import _options
-from flatmtl.weighting._base import Scaling
-from flatmtl.weighting._loss import LossWeighting
+from flatmtl.weighting._base import Weighting
 
 
-class Learned(LossWeighting):
-    """A loss-space weighting with one learned number s_i a task, moved by the base optimizer.
+class Learned(Weighting):
+    """A weighting with a learnable number a task: a float64 ``nn.Parameter`` [T], ``learned``.
 
-    ``parameters()`` is one float64 [T]; an optimizer of flatmtl takes it as a group of its own, without
-    weight decay. The gradient at a call is that of the method's total at the losses of that call; a
-    task that is missing has 0.
+    Its gradient is written by the method, not by autograd, and a base optimizer moves it. It is the same
+    object for good: states are loaded and reset in place. Copied or pickled together with a base
+    optimizer that holds it, it stays the one that the copy holds.
 
     Args:
         tasks: T.
-        init: s before the first step, a number or [T].
-        lr: of s; None: the base optimizer's.
-        scaling: as for every weighting.
+        init: before the first step, a number or [T].
+        lr: the learning rate of its parameter group; None: the base optimizer's default.
+        **options: as for every weighting of the kind.
 
     Raises:
-        ValueError, TypeError: an argument is none of the above; at a call, there are not ``tasks`` losses.
+        ValueError, TypeError: an argument is none of the above.
     """
 
-    state = "learned s [T]"
+    _learned_entry: str
 
     def __init__(
         self,
         tasks: int,
         *,
-        init: float | _options.Vector = 0.0,
-        lr: float | None = None,
-        scaling: Scaling = "raw",
+        init: float | _options.Vector,
+        lr: float | None,
+        **options: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(scaling=scaling)
+        super().__init__(**options)
         self.tasks = _options.whole("tasks", tasks, at_least=1)
+        self.lr = None if lr is None else _options.real("lr", lr, at_least=0)
         if isinstance(init, (int, float)):
             begin = torch.full((tasks,), _options.real("init", init), dtype=torch.float64)
         else:
             begin = _options.vector("init", init, negative=True)
         if begin.shape[0] != tasks:
             raise ValueError(f"init must have one entry for each of the {tasks} tasks, got {init}")
-        self.lr = None if lr is None else _options.real("lr", lr, at_least=0)
         self._begin = begin
-        self._learned = nn.Parameter(begin.clone())
-        self._gradient: Tensor | None = None  # [T], at the last call
+        self.learned = nn.Parameter(begin.clone())
+        self._slope = torch.zeros_like(begin)
 
     def parameters(self) -> list[nn.Parameter]:
-        """s, float64 [T]."""
-        return [self._learned]
+        """The learnable, alone: float64 [T]."""
+        return [self.learned]
 
     def _gradients(self) -> list[Tensor]:
-        if self._gradient is None:
-            raise RuntimeError(f"{type(self).__name__} has not been called yet: no gradient")
-        return [self._gradient]
+        return [self._slope]
 
-    def _s(self, losses: Tensor) -> Tensor:
-        """s on the losses' device, without a graph."""
+    def _learned_for(self, losses: Tensor) -> Tensor:
+        """The learnable's values [T], on the losses' device: it moves there at the first call.
+
+        Raises:
+            ValueError: there are not as many losses as numbers.
+        """
         if losses.shape[0] != self.tasks:
             raise ValueError(
-                f"losses must have one entry for each of the {self.tasks} tasks, got {losses.shape[0]}"
+                f"losses must have one entry for each of the {self.tasks} tasks of "
+                f"{type(self).__name__}, got {losses.shape[0]}"
             )
-        if self._learned.device != losses.device:
-            self._learned.data = self._learned.data.to(
-                losses.device
-            )  # an optimizer holds the object
-        return self._learned.detach()
+        if self.learned.device != losses.device:
+            # the object stays: a base optimizer may hold it
+            self.learned.data = self.learned.data.to(losses.device)
+        return self.learned.detach()
 
-    def _keep(self, gradient: Tensor, there: Tensor | None) -> None:
-        """Notes the gradient [T] of this call."""
-        self._gradient = gradient if there is None else torch.where(there, gradient, 0.0)
+    def _learn(self, slope: Tensor, there: Tensor | None) -> None:
+        """Notes the gradient [T] of this call; that of a task that is not there is 0."""
+        self._slope = slope if there is None else torch.where(there, slope, 0.0)
 
-    def _set(self, values: Tensor) -> None:
-        with torch.no_grad():  # in place: an optimizer holds it
-            self._learned.copy_(values)
-        self._gradient = None
+    def accumulate(self) -> None:
+        """Adds the gradient of the last call to that of ``learned``: for a loop without the optimizer."""
+        grad = self.learned.grad
+        self.learned.grad = self._slope.clone() if grad is None else grad + self._slope
+
+    def _put(self, values: Tensor) -> None:
+        with torch.no_grad():
+            self.learned.copy_(values)
+        self._slope = torch.zeros_like(self.learned, requires_grad=False)
 
     def reset(self) -> None:
-        """s back to ``init``."""
+        """Back to the state before the first call, in place; a base optimizer's momentum stays."""
         super().reset()
-        self._set(self._begin)
+        self._put(self._begin)
 
     def state_dict(self) -> dict[str, Any]:
-        """s."""
-        return {**super().state_dict(), "s": self._learned.detach().clone()}
+        """The learnable's values and what else the method keeps."""
+        return {**super().state_dict(), self._learned_entry: self.learned.detach().clone()}
 
     def _check_entries(self, state: dict[str, Any]) -> None:
         super()._check_entries(state)
-        s = state["s"]
-        if not isinstance(s, Tensor) or s.dtype != torch.float64 or s.shape != (self.tasks,):
-            raise ValueError(f"state['s'] must be float64 [{self.tasks}], got {s!r}")
+        held = state[self._learned_entry]
+        if not (
+            isinstance(held, Tensor)
+            and held.dtype == torch.float64
+            and held.shape == (self.tasks,)
+            and bool(held.isfinite().all())
+        ):
+            raise ValueError(
+                f"state[{self._learned_entry!r}] must be finite float64 [{self.tasks}], got {held!r}"
+            )
 
     def _take_entries(self, state: dict[str, Any]) -> None:
         super()._take_entries(state)
-        self._set(state["s"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_gradient": None}
+        self._put(state[self._learned_entry])

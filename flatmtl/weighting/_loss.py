@@ -60,7 +60,8 @@ class LossWeighting(Weighting):
         if self.scaling == "raw":
             return weights
         size = weights.shape[0] if self.scaling == "sum_to_tasks" else 1
-        return weights * (size / weights.sum())
+        total = weights.sum()
+        return weights * torch.where(total != 0, size / total, 0.0)  # no task is there
 
     def _weigh(self, losses: Tensor, there: Tensor | None) -> Tensor:
         """losses float64 [T], sound (1 where a task is not there) -> weights float64 [T].
@@ -73,7 +74,7 @@ class LossWeighting(Weighting):
         assert losses is not None
         return self(losses, there)
 
-    def _own_weights(self, weights: Tensor) -> Tensor | None:
+    def _own_weights(self, weights: Tensor | None) -> Tensor | None:
         return weights
 
 
@@ -154,6 +155,9 @@ class WithLosses(Weighting):
         return self(gram, losses, there)
 
 
+_NONE = torch.zeros((), dtype=torch.int64)  # no status bits, on the CPU
+
+
 def _sound(
     losses: Tensor, there: Tensor | None, method: str, *, positive: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -173,7 +177,7 @@ def _sound(
             f"there must be bool {list(result.shape)}, as losses, got {there.dtype} {list(there.shape)}"
         )
     if result.device.type == "cpu":
-        bits = torch.zeros((), dtype=torch.int64)
+        bits = _NONE
         if not torch.compiler.is_compiling():
             _refuse(result, there, method, positive=positive)
     else:

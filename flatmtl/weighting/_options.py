@@ -56,7 +56,9 @@ def whole(name: str, value: object, *, at_least: int | None = None) -> int:
 def vector(name: str, value: Vector, *, negative: bool = False) -> Tensor:
     """``value`` as a float64 tensor [T] of finite numbers, its own copy; ``negative`` ones are allowed."""
     try:
-        result = torch.as_tensor(value).detach().to(torch.float64, copy=True)
+        if not isinstance(value, Tensor):  # a list of floats would be rounded to the default dtype
+            value = torch.as_tensor(value, dtype=torch.float64)
+        result = value.detach().to(torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be numbers, one a task, got {value!r}") from error
     if result.dim() != 1 or result.shape[0] < 1:

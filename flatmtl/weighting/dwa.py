@@ -44,11 +44,16 @@ class DWA(StatefulLoss):
         self.temperature = _options.real("temperature", temperature, above=0)
         self.steps = _options.whole("steps", steps, at_least=1)
 
+    def _start(self, losses: Tensor) -> Tensor:
+        # means of the last period and of the one before it (NaN: none); the present one's sum and count
+        held = super()._start(losses)
+        held[:2] = torch.nan
+        return held
+
     def _weigh(self, losses: Tensor, there: Tensor | None) -> Tensor:
-        # the last period and the one before it (0: none yet); the present one's sum and count
         held = self._state_for(losses)
         last, older, total, count = held.unbind(0)
-        rate = torch.where(older > 0, last / older, 1.0)
+        rate = (last / older).nan_to_num_(nan=1.0)
         weights = shares(rate, there, self.temperature)
         if self.steps == 1:
             _put(older, last, there)

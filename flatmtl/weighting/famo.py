@@ -70,7 +70,8 @@ class FAMO(StatefulLoss):
     def _logs(self, losses: Tensor) -> Tensor:
         """log D, [T]."""
         if self.min_losses is not None:
-            losses = losses - per_task("min_losses", self.min_losses, losses)
+            self.min_losses = per_task("min_losses", self.min_losses, losses)  # moved once
+            losses = losses - self.min_losses
         return losses.clamp(min=0.0).add_(self.eps).log_()
 
     def _weigh(self, losses: Tensor, there: Tensor | None) -> Tensor:

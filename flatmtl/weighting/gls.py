@@ -27,7 +27,5 @@ class GLS(LossWeighting):
 
     def _weigh(self, losses: Tensor, there: Tensor | None) -> Tensor:
         logs = losses.log()  # 0 where a task is not there
-        if there is None:
-            return (logs.mean() - logs).exp_().div_(logs.shape[0])
-        count = there.sum()
+        count = logs.shape[0] if there is None else there.sum()
         return (logs.sum() / count - logs).exp_().div_(count)

@@ -48,7 +48,7 @@ class RandomLossWeighting(Seeded):
         here = torch.ones_like(losses) if there is None else there.to(torch.float64)
         return self(here.diag())
 
-    def _own_weights(self, weights: Tensor) -> Tensor | None:
+    def _own_weights(self, weights: Tensor | None) -> Tensor | None:
         return weights if self.one_pass else None
 
     def _solve(self, gram: Tensor) -> tuple[Tensor, SolveStatus]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ class SLAW(StatefulLoss):
         super().__init__(scaling=scaling)
         self.beta = _options.real("beta", beta, at_least=0, below=1)
         self.eps = _options.real("eps", eps, above=0)
+        self._least = max(self.eps**2, sys.float_info.min)  # of a variance
 
     def _weigh(self, losses: Tensor, there: Tensor | None) -> Tensor:
         mean, variance, count = self._state_for(losses).unbind(0)  # [T] each, views
@@ -46,17 +49,15 @@ class SLAW(StatefulLoss):
         share = count.reciprocal().clamp_(min=1 - self.beta)  # of the new loss in the averages
         if there is not None:
             share = torch.where(there, share, 0.0)
-        # E[L^2] - E[L]^2 without a difference of large numbers: v <- (1 - a) (v + a (L - m)^2)
+        # E[L^2] - E[L]^2 without a difference of large numbers (Welford)
         apart = losses - mean
-        moved = apart * share
-        mean.add_(moved)
-        variance.addcmul_(moved, apart).sub_(variance * share)
-        inverse = variance.sqrt().clamp_(min=self.eps).reciprocal_()
+        mean.lerp_(losses, share)
+        variance.lerp_(apart.mul_(losses - mean), share)
+        inverse = variance.clamp(min=self._least).rsqrt_()
+        readable = count.device.type == "cpu" and not torch.compiler.is_compiling()
+        if there is None and readable and min(count.tolist()) > 1:
+            return inverse.div_(inverse.sum()).mul_(count.shape[0])  # as below, in fewer operations
         seen = count > 1  # a task's first loss says nothing about how it varies
-        inverse.mul_(seen)
-        number = seen.sum()
-        if there is not None:
-            inverse.mul_(there)
-            number = (seen & there).sum()
-        weights = inverse.mul_(number / inverse.sum())
-        return weights.where(seen, 1.0)
+        taken = seen if there is None else seen & there
+        inverse.mul_(taken)
+        return inverse.div_(inverse.sum()).mul_(taken.sum()).where(seen, 1.0)

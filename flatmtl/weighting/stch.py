@@ -72,9 +72,10 @@ class STCH(StatefulLoss):
             return self._relative(losses, there)
         preference: Tensor | float = 1 / losses.shape[0]
         if self.preference is not None:
-            preference = per_task("preference", self.preference, losses)
+            self.preference = preference = per_task("preference", self.preference, losses)
         if self.reference is not None:
-            losses = losses - per_task("reference", self.reference, losses)
+            self.reference = per_task("reference", self.reference, losses)
+            losses = losses - self.reference
         return among(losses * preference, there, self.mu).mul_(preference)
 
     def _relative(self, losses: Tensor, there: Tensor | None) -> Tensor:
@@ -82,14 +83,12 @@ class STCH(StatefulLoss):
         mean, count = self._state_for(losses).unbind(0)
         warm = count < self.warmup
         counted = warm if there is None else warm & there
-        nth = (count - (self.warmup - self.average - 1)).clamp_(
-            min=1.0
-        )  # of those that are averaged
-        averaged = counted & (count >= self.warmup - self.average)
+        # of those that are averaged; until these begin, each loss takes the place of the one before
+        nth = (count - (self.warmup - self.average - 1)).clamp_(min=1.0)
         ready = ~warm if there is None else there & ~warm
         smooth = shares(losses.log() - mean.log(), ready, self.mu)
         weights = torch.where(warm, 1.0, smooth) / losses
-        mean.add_((losses - mean).div_(nth).mul_(averaged))
+        mean.lerp_(losses, nth.reciprocal_().mul_(counted))
         count.add_(counted)
         return weights
 

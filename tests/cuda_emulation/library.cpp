@@ -8,6 +8,7 @@
 #include "../../csrc/kernels/affinity.cuh"
 #include "../../csrc/kernels/combine.cuh"
 #include "../../csrc/kernels/draw.cuh"
+#include "../../csrc/kernels/graddrop.cuh"
 #include "../../csrc/kernels/gram.cuh"
 #include "../../csrc/kernels/segments.cuh"
 #include "../solver_methods.h"
@@ -126,6 +127,16 @@ int emulated_project(int dtype, const void* jac, int64_t stride, const double* c
     using T = decltype(zero);
     return project<T>(rows<T>(jac, stride, tasks), coefficients, tasks, outputs, columns,
                       rows_of(static_cast<T*>(out), out_stride, outputs), nullptr);
+  });
+}
+
+int emulated_graddrop(int dtype, int beside, const void* jac, int64_t stride, const double* leak,
+                      const bool* there, int64_t* rng, int tasks, int64_t columns, void* out) {
+  return with(dtype, beside, [&](auto zero, auto sum) {
+    using T = decltype(zero);
+    using O = decltype(sum);
+    return graddrop<T, O>(rows<T>(jac, stride, tasks), leak, there, rng, tasks, columns,
+                          static_cast<O*>(out), nullptr);
   });
 }
 

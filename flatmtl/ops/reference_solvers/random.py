@@ -1,4 +1,4 @@
-"""Random orders and normal numbers from Philox: the same on every device; random weights of them."""
+"""Random orders, normal and uniform numbers from Philox: the same on every device; random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 from flatmtl.ops.reference_solvers._problem import activity_bits, either_rank, find_active
 
 _LOW = 0xFFFFFFFF
-_NORMAL = 0x9E3779B97F4A7C15  # sets the normal numbers' key apart from that of the orders
+# what sets the normal and the uniform numbers' keys apart from that of the orders
+_NORMAL = 0x9E3779B97F4A7C15
+_DROP = 0xD1B54A32D192ED03
 
 
 def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +73,16 @@ def _draw_normal(rng: Tensor, tasks: int, batch: int) -> Tensor:
     u2 = (words[2] * 2**21 + (words[3] >> 11)).double() * 2.0**-53
     rng[1] += 1
     return (-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()
+
+
+def uniform_columns(rng: Tensor, start: int, stop: int) -> Tensor:
+    """rng int64 [2] = (seed, step) -> float32 [stop - start] in (0, 1), of columns start (4n) to stop."""
+    low, high = _key(rng)
+    key = (low ^ (_DROP & _LOW), high ^ (_DROP >> 32))
+    quad = torch.arange(start // 4, (stop + 3) // 4, device=rng.device)
+    words = _philox(key, [quad & _LOW, quad >> 32, torch.zeros_like(quad), rng[1] & _LOW])
+    word = torch.stack(words, 1).view(-1)[: stop - start]
+    return (2 * (word >> 9) + 1).to(torch.float32) * 2.0**-24
 
 
 @either_rank()
