@@ -53,6 +53,11 @@ TABLE: dict[str, Callable[[Run], Weighting]] = {
     "stch": lambda run: by_name("stch", warmup=run.epoch),
     "si": lambda run: by_name("si"),
     "gls": lambda run: by_name("gls"),
+    "imtl": lambda run: by_name("imtl", tasks=run.tasks),
+    "gradnorm": lambda run: by_name("gradnorm", tasks=run.tasks),
+    "db_mtl": lambda run: by_name("db_mtl"),
+    "moco": lambda run: by_name("moco"),
+    "graddrop": lambda run: by_name("graddrop", seed=run.seed),
 }
 METHODS = list(TABLE)
 
