@@ -58,11 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--out", type=Path, help="default: bench/results/methods, with --quick methods-quick"
         )
-        sub.add_argument("--quick", action="store_true", help="the smaller setting, 10 minutes")
+        sub.add_argument("--quick", action="store_true", help="half the samples, one seed")
         sub.add_argument("--workers", type=_positive, default=2, help="processes (default: 2)")
         sub.add_argument("--datasets", nargs="+", choices=list(FULL), default=list(FULL))
         sub.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-        sub.add_argument("--sharpness", nargs="+", choices=SHARPNESS, default=SHARPNESS)
+        sub.add_argument("--sharpness", nargs="+", choices=SHARPNESS)
         sub.add_argument("--seeds", type=_positive, help="default: 3, with --quick 1")
     return parser
 
@@ -93,11 +93,10 @@ def _job(args: argparse.Namespace):
 
 
 def _cells(args: argparse.Namespace):
-    from bench.methods.cells import all_cells
+    from bench.methods.cells import SHARPNESS, all_cells
 
-    return all_cells(
-        args.datasets, args.methods, args.seeds or (1 if args.quick else 3), args.sharpness
-    )
+    kinds = args.sharpness or (SHARPNESS[:3] if args.quick else SHARPNESS)
+    return all_cells(args.datasets, args.methods, args.seeds or (1 if args.quick else 3), kinds)
 
 
 def _run(args: argparse.Namespace) -> int:
