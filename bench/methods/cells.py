@@ -64,13 +64,10 @@ METHODS = list(TABLE)
 PLAIN, DECOMPOSED, DIRECT = "plain", "sam", "sam_direct"
 WIDE, WIDE_DIRECT = "sam_wide", "sam_wide_direct"  # both at the setting's larger radius
 SHARPNESS = PLAIN, DECOMPOSED, DIRECT, WIDE, WIDE_DIRECT
-#: methods that are also run with SAM aggregated directly; at the larger radius all but the first
-COMPARED_DIRECT = ("mean", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad")
-_ONLY = {
-    DIRECT: COMPARED_DIRECT,
-    WIDE: COMPARED_DIRECT[1:],
-    WIDE_DIRECT: COMPARED_DIRECT[1:],
-}
+#: methods that are also run with SAM aggregated directly, and those that are at the larger radius too
+PLANNED = ("pcgrad", "cagrad", "imtl_g")
+COMPARED_DIRECT = ("mean", *PLANNED, "nash_mtl", "fairgrad")
+_ONLY = {DIRECT: COMPARED_DIRECT, WIDE: PLANNED, WIDE_DIRECT: PLANNED}
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from bench.methods.results import Results, Row
 from bench.methods.stats import Estimate, holm, over_seeds, stratified
 
 Times = dict[str, dict[str, dict[str, float]]]
-# The two that collapse were added to the comparison after their first results: they stand for themselves.
-_PLANNED = ("pcgrad", "cagrad", "imtl_g")
 _BESIDE = ("scan", "time", "parts")
 _SHARPNESS = {
     PLAIN: "",
@@ -250,7 +248,8 @@ def direct_effect(results: Results, decomposed: str, direct: str) -> str:
     both = set(results.methods(decomposed)) & set(results.methods(direct))
     there = [method for method in COMPARED_DIRECT if method in both]
     pairs = [((m, decomposed), (m, direct)) for m in there]
-    planned = [method for method in _PLANNED if method in there]
+    # the two that collapse came to the comparison after their first results: they stand for themselves
+    planned = [method for method in PLANNED if method in there]
     return _differences(results, pairs, planned, ", ".join(planned))
 
 
