@@ -13,6 +13,7 @@ from bench.methods.cells import (
     DECOMPOSED,
     DIRECT,
     PLAIN,
+    PLANNED,
     SINGLE,
     WIDE,
     WIDE_DIRECT,
