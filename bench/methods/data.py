@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.methods.settings import Setting
 from examples.molecules import ngram_features, read_table, split, standardise
 from flatmtl.demo.idx import load_split
-from flatmtl.demo.multifashion import CANVAS, SHIFTS, SIDE, _place, make_splits
+from flatmtl.demo.multifashion import CANVAS, SHIFTS, SIDE, place, make_splits
 
 FILES = {
     "multifashion": ("fashion-mnist",),
@@ -117,7 +117,7 @@ def _digit_and_garment(folder: Path, setting: Setting, seed: int) -> Data:
                 chosen = order[start : start + count]
                 offsets = generator.integers(0, SHIFTS, size=(len(chosen), 2))
                 offsets += k * (CANVAS - SIDE - (SHIFTS - 1))
-                halves.append(_place(source.images[chosen], offsets))
+                halves.append(place(source.images[chosen], offsets))
                 labels.append(source.labels[chosen].astype(np.int64))
             parts.append(_image_part(np.maximum(*halves), np.stack(labels, axis=1)))
             start += count

@@ -43,7 +43,7 @@ def make_pairs(data: LabelledImages, pool: np.ndarray, count: int, seed: int) ->
     sources = np.stack([first, second], axis=1)  # [N, 2]
     offsets = generator.integers(0, SHIFTS, size=(count, 2, 2))
     offsets[:, 1] += CANVAS - SIDE - (SHIFTS - 1)
-    halves = [_place(data.images[sources[:, k]], offsets[:, k]) for k in range(2)]
+    halves = [place(data.images[sources[:, k]], offsets[:, k]) for k in range(2)]
     return Pairs(np.maximum(*halves), data.labels[sources].astype(np.int64), sources, offsets)
 
 
@@ -85,7 +85,7 @@ def _partners(
     return by_class[rank]
 
 
-def _place(images: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def place(images: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Each image on an empty canvas with its corner at its offset: [N, 28, 28] -> [N, 36, 36]."""
     canvas = np.zeros((len(images), CANVAS, CANVAS), dtype=np.uint8)
     extent = np.arange(SIDE)
