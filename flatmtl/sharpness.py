@@ -69,9 +69,9 @@ class SAM:
             Multi-MNIST code, in place of one for each.
         aggregate: how the gradients g_i and s_i (at the perturbed parameters) become one update, A being
             the weighting and f_i = s_i - g_i. "decomposed", the paper's: A(g) + A(f). "direct": A(s).
-            "second": A over the pair A(g), A(f). "each": A over h_i = A over the pair g_i, f_i. For weightings
-            whose update does not shrink with its rows (NashMTL, FairGrad, PIVRG, MoCo) take "direct":
-            decomposed, the small flat parts count as much as the gradients, or more.
+            "second": A over the pair A(g), A(f). "each": A over h_i = A over the pair g_i, f_i. For
+            weightings whose update does not shrink with its rows (NashMTL, FairGrad, PIVRG, MoCo) take
+            "direct": decomposed, the small flat parts count as much as the gradients, or more.
         every: the perturbed passes run at every ``every``-th step only; in between, the flat part A(f)
             of the last of them is added as it was (after LookSAM, Liu et al., arXiv 2203.02714, which
             reuses the part of it orthogonal to the gradient, rescaled). "decomposed" only.

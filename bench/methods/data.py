@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.methods.settings import Setting
 from examples.molecules import ngram_features, read_table, split, standardise
 from flatmtl.demo.idx import load_split
-from flatmtl.demo.multifashion import CANVAS, SHIFTS, SIDE, place, make_splits
+from flatmtl.demo.multifashion import CANVAS, SHIFTS, SIDE, make_splits, place
 
 FILES = {
     "multifashion": ("fashion-mnist",),
