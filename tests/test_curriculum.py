@@ -295,8 +295,11 @@ def test_progress_and_errors_in_it(rng, n, exact):
 
 def test_ctrl_c():
     code = (
+        "import signal\n"
         "import numpy as np\n"
         "from flatmtl.curriculum import order_tasks\n"
+        # a shell's background jobs inherit that it is ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "a = np.random.default_rng(0).normal(size=(900, 900))\n"
         "try:\n"
         "    order_tasks(a + a.T, progress=lambda f: print('at', f, flush=True))\n"

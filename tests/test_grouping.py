@@ -456,7 +456,9 @@ def test_others_run_meanwhile(rng):
 def test_ctrl_c(options):
     n = 22 if not options else 900
     code = (
-        "import numpy as np, flatmtl, sys\n"
+        "import numpy as np, flatmtl, signal, sys\n"
+        # a shell's background jobs inherit that it is ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"a = np.random.default_rng(0).normal(size=({n}, {n}))\n"
         "print('ready', flush=True)\n"
         "try:\n"
