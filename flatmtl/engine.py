@@ -516,9 +516,9 @@ class Engine:
 
     def watch_losses(self) -> None:
         """Has a loss on CUDA that the weighting cannot take raise from a later call."""
-        status = self.solves.statuses.get("loss")
-        if status is not None and status.bits.device.type == "cuda":
-            name = type(self.solves.weightings["loss"]).__name__
+        weighting, status = self.solves.weightings["loss"], self.solves.statuses.get("loss")
+        if "losses" in weighting.needs and status is not None and status.bits.is_cuda:
+            name = type(weighting).__name__
             sound = (status.bits & INVALID_LOSS) == 0
             self._watch.post(sound.reshape(1), raise_invalid_loss(name))
 
