@@ -368,7 +368,7 @@ def test_learned_parameters_under_a_scaler(rng):
 def test_looking_back_sees_the_same_batch_after_the_step(rng):
     net, xs = Net(norm=True), [batch(rng), batch(rng)]
     method = Back()
-    opt = optimizer(net, method, model=net)
+    opt = optimizer(net, method, model=net, lr=1e-3)  # so small that some loss falls
     runs = []
 
     def closure(x=xs[0]):
