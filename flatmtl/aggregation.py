@@ -53,11 +53,7 @@ def aggregate(
     if not isinstance(weighting, RowMethod):
         return ops.combine(jac, weights_of(jac, weighting, losses), out)
     jac = _check.rows("jac", jac)
-    if out is None:
-        out = jac.new_empty(jac.shape[1])
-    _check.beside("out", _check.flat("out", out), "jac", jac)
-    _check.shape("out", out, jac.shape[1])
-    _check.no_overlap("out", out, "jac", jac)
+    out = ops._out_row(out, jac)
     seen = None
     if "losses" in weighting.needs:
         seen = _given(losses, weighting).detach().to(torch.float64)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from flatmtl import ops
 from flatmtl.ops._status import FALLBACK, NOT_CONVERGED
 from flatmtl.weighting import SolveStatus, Weighting
-from flatmtl.weighting._loss import LossWeighting, WithLosses
-from flatmtl.weighting._rows import RowMethod
+from flatmtl.weighting._rows import check_takes_gram
 
 __all__ = ["from_torchjd", "to_torchjd"]
 
@@ -64,11 +63,7 @@ def to_torchjd(weighting: Weighting) -> Any:  # noqa: ANN401
     """
     if not isinstance(weighting, Weighting):
         raise TypeError(f"weighting must be a flatmtl Weighting, got {type(weighting).__name__}")
-    if isinstance(weighting, (LossWeighting, WithLosses, RowMethod)):
-        raise TypeError(
-            f"weighting must work on Gram matrices, got {type(weighting).__name__}, which needs "
-            f"{weighting.needs}"
-        )
+    check_takes_gram(weighting)
     return _module_class()(weighting)
 
 

@@ -565,7 +565,8 @@ def _check_method(
             f"sharpness must aggregate 'decomposed' or 'direct' with {name}, which does not work on Gram "
             f"matrices alone, got {sharpness.aggregate!r}"
         )
-    if not gram_only and not (isinstance(per, str) and per == "model"):
+    grouped = not (isinstance(per, str) and per == "model")
+    if not gram_only and grouped:
         raise ValueError(
             f"weights_per must be 'model' with {name}, which does not work on Gram matrices alone, got "
             f"{per!r}"
@@ -575,7 +576,6 @@ def _check_method(
             f"weights_every must be 1 with {name}, whose weights are "
             f"{'free' if weighting.one_pass else 'of no use at other steps'}, got {every}"
         )
-    grouped = not (isinstance(per, str) and per == "model")
     if grouped and isinstance(sharpness, SAM) and sharpness.aggregate in ("second", "each"):
         raise ValueError(
             "sharpness must aggregate 'decomposed' or 'direct' with weights_per, got "
@@ -594,7 +594,7 @@ def _check_method(
             f"jacobian must not be Representation with {what}: its features are no parameters, and "
             "others at every batch"
         )
-    if weighting.one_pass and sharpness is None and how != "sequential" and how is not None:
+    if weighting.one_pass and sharpness is None and how != "sequential":
         raise ValueError(
             f"jacobian must be 'sequential' with {name}, whose step is one backward pass, got {how!r}"
         )

@@ -135,9 +135,17 @@ def keep_flat(block: Block, scale: Tensor | None) -> None:
     block.has_flat = True
 
 
-def keep_own_flat(block: Block, sharp: Tensor, finite: Tensor, scale: Tensor | None) -> None:
-    """``block.kept`` <- ``sharp`` [P] - its plain gradient, for the steps until the next sharp one."""
-    torch.sub(sharp, block.jac[0], out=block.kept)
+def keep_own_flat(
+    block: Block, sharp: Tensor, finite: Tensor, scale: Tensor | None, weight: Tensor | None
+) -> None:
+    """``block.kept`` <- ``sharp`` [P] - its plain gradient, for the steps until the next sharp one.
+
+    ``weight``: 0-dim, what ``sharp`` was multiplied by; None: 1.
+    """
+    plain = block.jac[0]
+    if weight is not None:
+        plain.mul_(weight.to(plain))
+    torch.sub(sharp, plain, out=block.kept)
     block.kept.masked_fill_(~finite.to(block.device), 0)
     keep_flat(block, scale)
 

@@ -101,9 +101,8 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
         block = roles.own[task]
         engine.own_update(task, block.sam[0], own_weights)
         if keep:
-            if own_weights is not None:
-                block.jac[0].mul_(own_weights[task].to(block.jac))
-            keep_own_flat(block, block.update, finite[task], scale)
+            weight = None if own_weights is None else own_weights[task]
+            keep_own_flat(block, block.update, finite[task], scale, weight)
     engine.write_grads(roles, first.reached, set(last.own_sq), finite)
     engine.record(roles, Found(a, b if decomposed else None), None, scale, after)
 

@@ -50,8 +50,7 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
         block = roles.own[task]
         engine.own_update(task, block.sam[0], own)
         if sharpness.every > 1:
-            if own is not None:
-                block.jac[0].mul_(own[task].to(block.jac))
-            keep_own_flat(block, block.update, finite[task], scale)
+            weight = None if own is None else own[task]
+            keep_own_flat(block, block.update, finite[task], scale, weight)
     engine.write_grads(roles, captured.reached, set(captured.own_sq), finite)
     engine.record(roles, found, captured.shared_sq, scale, after)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flatmtl.weighting._base import Weighting
+from flatmtl.weighting._loss import LossWeighting, WithLosses
 
 STATE_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -172,3 +173,12 @@ class RowState(RowMethod):
         self._held = None if held is None else held.detach().clone().contiguous()
         self._next = self._layout = None
         self._pending = False
+
+
+def check_takes_gram(weighting: Weighting) -> None:
+    """Raises TypeError for a method to which a Gram matrix alone is not enough."""
+    if isinstance(weighting, (LossWeighting, WithLosses, RowMethod)):
+        raise TypeError(
+            f"weighting must work on Gram matrices, got {type(weighting).__name__}, which needs "
+            f"{weighting.needs}"
+        )

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from flatmtl.weighting import _options
 from flatmtl.weighting._base import Scaling, SolveStatus, Stateful, Weighting
-from flatmtl.weighting._loss import LossWeighting, WithLosses
-from flatmtl.weighting._rows import RowMethod
+from flatmtl.weighting._rows import check_takes_gram
 
 
 class CRMOGM(Stateful):
@@ -50,11 +49,7 @@ class CRMOGM(Stateful):
         super().__init__(scaling=scaling, max_norm=max_norm)
         if not isinstance(weighting, Weighting):
             raise TypeError(f"weighting must be a flatmtl Weighting, got {weighting!r}")
-        if isinstance(weighting, (LossWeighting, WithLosses, RowMethod)):
-            raise TypeError(
-                f"weighting must work on Gram matrices, got {type(weighting).__name__}, which needs "
-                f"{weighting.needs}"
-            )
+        check_takes_gram(weighting)
         self.weighting = weighting
         self.alpha = _options.real("alpha", alpha, at_least=0, at_most=1)
         self.initial = (
