@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flatmtl.block import Block
 from flatmtl.buffers import watch_for_running_statistics
+from flatmtl.families import Found
 from flatmtl.jacobian import capture_perturbed
 from flatmtl.losses import added_loss
 from flatmtl.passes import Passes
@@ -126,6 +127,38 @@ def perturbed_passes(
 
     away(engine, passes, roles, run)
     return after, norms
+
+
+def take_perturbed(
+    engine: Engine,
+    roles: Roles,
+    finite: Tensor,
+    reached: set[int],
+    own: Collection[int],
+    scale: Tensor | None,
+) -> Found | None:
+    """Writes ``.grad`` from the gradients at the perturbed parameters alone.
+
+    Args:
+        engine: the engine.
+        roles: the roles.
+        finite: bool [T], of all gradients of the step.
+        reached: positions of the parameters that get a gradient.
+        own: the tasks with parameters of their own.
+        scale: loss scale.
+
+    Returns:
+        The aggregation; None if nothing is shared.
+    """
+    engine.check_finite(roles, finite, scale)
+    found = weights = None
+    if roles.shared is not None:
+        found = engine.families(scale).direct(roles.shared, finite)
+        weights = engine.own_weights(found)
+    for task in own:
+        engine.own_update(task, roles.own[task].sam[0], weights)
+    engine.write_grads(roles, reached, set(own), finite)
+    return found
 
 
 def keep_flat(block: Block, scale: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flatmtl.losses import TaskLosses
 from flatmtl.passes import Passes
 from flatmtl.roles import Roles
-from flatmtl.steps.away import perturbed_passes, with_perturbed
+from flatmtl.steps.away import perturbed_passes, take_perturbed, with_perturbed
 from flatmtl.strategies import MAML
 
 if TYPE_CHECKING:
@@ -43,15 +43,14 @@ def maml(engine: Engine, strategy: MAML, passes: Passes, scale: Tensor | None) -
         engine, passes, roles, captured.present, move, scale,
         query=True, correct=None if strategy.first_order else through,
     )  # fmt: skip
-    finite = with_perturbed(roles, finite, norms)
-    engine.check_finite(roles, finite, scale)
-    found = own = None
-    if roles.shared is not None:
-        found = engine.families(scale).direct(roles.shared, finite)
-        own = engine.own_weights(found)
-    for task in captured.own_sq:
-        engine.own_update(task, roles.own[task].sam[0], own)
-    engine.write_grads(roles, captured.reached, set(captured.own_sq), finite)
+    found = take_perturbed(
+        engine,
+        roles,
+        with_perturbed(roles, finite, norms),
+        captured.reached,
+        captured.own_sq,
+        scale,
+    )
     engine.record(roles, found, captured.shared_sq, scale, after)
 
 

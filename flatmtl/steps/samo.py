@@ -11,7 +11,7 @@ from flatmtl.passes import Passes
 from flatmtl.roles import Roles
 from flatmtl.sharpness import Radii
 from flatmtl.spsa import Directions
-from flatmtl.steps.away import perturb, perturbed_passes, with_perturbed
+from flatmtl.steps.away import perturb, perturbed_passes, take_perturbed, with_perturbed
 from flatmtl.steps.reach import follow
 from flatmtl.weighted import WeightedBackward
 
@@ -47,15 +47,9 @@ def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> 
         perturb(engine, roles, row, sq, own, radii)
 
     after, norms = perturbed_passes(engine, passes, roles, mean.present, move, scale)
-    finite = with_perturbed(roles, finite, norms)
-    engine.check_finite(roles, finite, scale)
-    found = own = None
-    if roles.shared is not None:
-        found = engine.families(scale).direct(roles.shared, finite)
-        own = engine.own_weights(found)
-    for task in mean.own_sq:
-        engine.own_update(task, roles.own[task].sam[0], own)
-    engine.write_grads(roles, mean.reached, set(mean.own_sq), finite)
+    found = take_perturbed(
+        engine, roles, with_perturbed(roles, finite, norms), mean.reached, mean.own_sq, scale
+    )
     squares = roles.per_task({task: rows[0] for task, rows in norms.items()})
     engine.record(roles, found, squares, scale, after)
 
