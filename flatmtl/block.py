@@ -107,11 +107,19 @@ class Block:
         self._rows, self._both, self._ends = rows, both, ends
         self.has_flat = False
         self._made: dict[str, Tensor] = {}
+        self._lender: Callable[[str], Tensor] | None = None
         self._views: dict[tuple[int, int], list[Tensor]] = {}
+
+    def lend(self, rows: Callable[[str], Tensor]) -> None:
+        """``rows("jac")``, ("sam"), ("both") give the buffers of rows from now on, in place of own ones."""
+        self._lender = rows
 
     def _buffer(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         if name not in self._made:
-            self._made[name] = self._like.new_empty(shape, dtype=dtype)
+            if self._lender is not None and name in ("jac", "sam", "both"):
+                self._made[name] = self._lender(name)
+            else:
+                self._made[name] = self._like.new_empty(shape, dtype=dtype)
         return self._made[name]
 
     @property

@@ -6,6 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,9 @@ from flatmtl import ops
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
+from flatmtl.distributed.agree import check_same, facts_of, gather_or_raise
+from flatmtl.distributed.ranks import Ranks
+from flatmtl.distributed.step import RowStep, Samples
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
@@ -43,6 +47,7 @@ from flatmtl.strategies import MAML, CoopFlat, Strategy
 from flatmtl.stream import Stream
 from flatmtl.watch import Watch, outside, raise_invalid_loss, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
+from flatmtl.weighting import Weighting
 from flatmtl.weighting._rows import RowMethod
 
 if TYPE_CHECKING:
@@ -62,6 +67,8 @@ class Options:
     replay_rng: bool
     history: int
     strategy: Strategy | None = None
+    ranks: Ranks | None = None
+    sync_perturbation: bool = True
 
 
 class Engine:
@@ -123,6 +130,7 @@ class Engine:
         self._open = False  # backward() has run and step() has not
         self._begun = False  # a step's first backward() has begun
         self._guarded = False  # the buffers before the step are kept
+        self.link: RowStep | None = None  # of a step of several processes
         self._record_args: dict[str, Any] | None = None  # for the history, once stepped
         # parameters, the .grad they were given, and its version
         self._written: list[tuple[Tensor, Tensor, int]] = []
@@ -216,7 +224,11 @@ class Engine:
         )
 
     def gradients(
-        self, given: object, groups: Iterable[dict[str, Any]], scale: Tensor | None
+        self,
+        given: object,
+        groups: Sequence[dict[str, Any]],
+        scale: Tensor | None,
+        samples: Samples = None,
     ) -> Passes:
         """Runs the passes of a step, or of a further micro-batch of it, and writes ``.grad``.
 
@@ -224,10 +236,74 @@ class Engine:
             given: losses, a closure or closures.
             groups: the parameter groups, for the radii.
             scale: loss scale, 0-dim; None: 1.
+            samples: what the losses are means of, where several processes train.
 
         Returns:
             The passes, with the clean losses.
         """
+        ranks = self.options.ranks
+        if ranks is None:
+            return self._gradients(given, groups, scale)
+        if self._continues():
+            raise RuntimeError(
+                "backward must be given all micro-batches of a step at once where several processes "
+                "train, as a list of closures; call step() or zero_grad() first"
+            )
+        self._refresh_roles()
+        if not ranks.agreed:
+            check_same(gather_or_raise(ranks, self._facts(groups)))
+            ranks.agreed = True
+        ranks.send_buffers()
+        self.link = self._link_of(ranks, groups, samples)
+        try:
+            return self._gradients(given, groups, scale)
+        except Exception as failure:
+            self.link.fail(failure)
+            raise
+        finally:
+            self.link = None
+
+    def _link_of(self, ranks: Ranks, groups: Sequence[dict[str, Any]], samples: Samples) -> RowStep:
+        """What the ranks are going to send each other at the next step."""
+        options = self.options
+        apart, _ = self._kind(self._radii(groups))
+        perturbed = not apart or options.strategy is not None
+        local = perturbed and not options.sync_perturbation
+        return RowStep(ranks, self.roles, samples, perturbed=perturbed, local=local)
+
+    def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        options, params = self.options, self._params()
+        told = {
+            "weighting": [self._plain(w) for w in self.solves.weightings.values()],
+            "sharpness": repr(options.strategy or options.sharpness),
+            "row_dtype": str(options.row_dtype),
+            "weights_every": options.weights_every,
+            "nonfinite": options.nonfinite,
+            "sync_perturbation": options.sync_perturbation,
+            "the number of steps made": self.steps,
+            "losses": None if self.roles is None else self.roles.tasks,
+            "what the tasks reach": None if self.roles is None else self.roles.reach(),
+        }
+        return facts_of(params, [self.label(p) for p in params], groups, told)
+
+    @staticmethod
+    def _plain(weighting: Weighting) -> str:
+        """A weighting's name and arguments."""
+        kept = {
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in vars(weighting).items()
+            if not name.startswith("_")
+        }
+        return f"{type(weighting).__name__} {kept}"
+
+    def _radii(self, groups: Iterable[dict[str, Any]]) -> Radii | None:
+        sharpness = self.options.sharpness
+        return None if sharpness is None else Radii(sharpness, groups, self.steps)
+
+    def _gradients(
+        self, given: object, groups: Sequence[dict[str, Any]], scale: Tensor | None
+    ) -> Passes:
         sharpness, strategy = self.options.sharpness, self.options.strategy
         more = self._continues()
         if more and any(grad._version != version for _, grad, version in self._written):
@@ -235,13 +311,20 @@ class Engine:
                 "backward must find the gradients as it left them when it adds a micro-batch: they were "
                 "changed in place (zero_grad of another object, clipping); optimizer.zero_grad() starts anew"
             )
-        radii = None if sharpness is None else Radii(sharpness, groups, self.steps)
+        radii = self._radii(groups)
         exact = any(meter.options.mode == "exact" for meter in self._due())
         away = bool(radii) or strategy is not None  # passes away from the parameters
         replaying = self.options.replay_rng and away
         looking = self._looks_back
         replay = Replay(self._generators()) if replaying or exact or looking else None
-        passes = Passes(given, replay, replaying)
+        ranks = self.options.ranks
+        passes = Passes(
+            given,
+            replay,
+            replaying,
+            partial=ranks is not None,
+            inside=nullcontext if ranks is None else ranks.quiet,
+        )
         if looking and not passes.repeatable:
             raise ValueError(
                 "losses must be a closure (or a list of them) with a weighting that wants the losses "
@@ -307,16 +390,17 @@ class Engine:
     def _generators(self) -> Generators:
         return Generators({p.device for p in self._params()})
 
-    def _passes(self, passes: Passes, radii: Radii | None, scale: Tensor | None) -> None:
-        sharpness = self.options.sharpness
+    def _refresh_roles(self) -> None:
+        """The roles of a loaded state, or of parameters that have changed."""
         if self._loaded is not None:
             self._take_loaded()
         if self.roles is not None and self._changed(self.roles):
             self._carry_over(self.roles)
-        apart = not radii  # no perturbed pass at this step
-        if apart and self.roles is not None:
-            for block in self.roles.blocks:
-                block.has_flat = False  # without a radius there is no flat part
+
+    def _kind(self, radii: Radii | None) -> tuple[bool, bool]:
+        """Whether the next step has no perturbed pass, and whether it uses the last weights again."""
+        sharpness = self.options.sharpness
+        apart = not radii
         if isinstance(sharpness, SAM) and self.steps % sharpness.every and self._has_flat():
             apart = True
         needed = {"loss"} if apart or _aggregates(sharpness, "direct") else {"loss", "flat"}
@@ -324,7 +408,15 @@ class Engine:
         reuse = not due and self.roles is not None and needed <= self.weights.keys()
         if self.capture is not None:  # a step stays of the kind that it began as
             reuse = isinstance(self.capture, WeightedBackward)
-        strategy = self.options.strategy
+        return apart, reuse
+
+    def _passes(self, passes: Passes, radii: Radii | None, scale: Tensor | None) -> None:
+        sharpness, strategy = self.options.sharpness, self.options.strategy
+        self._refresh_roles()
+        if not radii and self.roles is not None:
+            for block in self.roles.blocks:
+                block.has_flat = False  # without a radius there is no flat part
+        apart, reuse = self._kind(radii)
         if isinstance(strategy, MAML):
             maml(self, strategy, passes, scale)
         elif isinstance(strategy, CoopFlat):
@@ -405,6 +497,7 @@ class Engine:
             exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
             both=_aggregates(options.sharpness, "each"),
             ends=_aggregates(options.sharpness, "second"),
+            joined=options.ranks is not None,
         )
         return Roles(params, tasks, self._named, self.label, layout)
 
@@ -419,15 +512,22 @@ class Engine:
             losses.outputs.clear()  # what is left of the graphs is not needed any more
 
     def captured(self, passes: Passes, scale: Tensor | None) -> tuple[Roles, Captured]:
-        """T backward passes a micro-batch, into the blocks' rows."""
+        """T backward passes a micro-batch, into the blocks' rows: this process's, or the mean of all ranks."""
         batched = self.options.jacobian if isinstance(self.options.jacobian, Batched) else None
-        for roles, losses in self.clean_passes(passes):
-            if not isinstance(self.capture, Capture) or self.capture.roles is not roles:
-                self.capture = Capture(roles)
-            self.capture.add(losses, batched, scale)
-            self.roles = roles  # only once its roles held
-        assert isinstance(self.capture, Capture)
-        roles, found = self.capture.roles, self.capture.finish()
+        link = self.link
+        try:
+            for roles, losses in self.clean_passes(passes):
+                if not isinstance(self.capture, Capture) or self.capture.roles is not roles:
+                    self.capture = Capture(roles) if link is None else link.begin(roles, len(passes))
+                self.capture.add(losses, batched, scale)
+                self.roles = roles  # only once its roles held
+            assert isinstance(self.capture, Capture)
+            roles = self.capture.roles
+            found = self.capture.finish() if link is None else link.rows()
+        except BaseException:
+            if self.roles is not None and not self.roles.settled:
+                self.roles = None
+            raise
         self.measure(passes, roles, found, scale)
         return roles, found
 
@@ -699,6 +799,8 @@ class Engine:
         self.roles = None
         self.steps = int(state.get("steps", 0))
         self.weights = {}
+        if self.options.ranks is not None:
+            self.options.ranks.agreed = False
         self._loaded = state if "tasks" in state else None
         if self.directions is not None:
             self.directions.load_state_dict(state.get("directions", {"generator": None}))

@@ -74,13 +74,15 @@ class Captured:
         shared_sq: float64 [T], squared norms of J's rows (zeros if nothing is shared).
         own_sq: task -> float64 0-dim, squared norm of its own parameters' gradient.
         reached: positions in ``roles.params`` of the parameters that got a gradient.
-        present: the tasks that had a loss.
+        present: the tasks that had a loss, on whatever rank.
+        here: those that had one on this rank.
     """
 
     shared_sq: Tensor
     own_sq: dict[int, Tensor]
     reached: set[int]
     present: set[int]
+    here: set[int]
 
 
 class Capture:
@@ -131,14 +133,9 @@ class Capture:
         roles = self.roles
         waiting: list[tuple[int, Gradients]] = []  # gradients whose roles are not settled yet
         settled = roles.settled
-        for task, grads in _gradients(losses, roles, batched, scale, retain_graph):
-            hit = [k for k, g in enumerate(grads) if g is not None]
-            if not hit and not self._partial:
-                raise ValueError(
-                    f"losses[{losses.names[task]!r}] must depend on a trainable parameter of the "
-                    "optimizer, got one that reaches none"
-                )
-            self._reached.update(hit)
+        for task, grads in task_gradients(losses, roles, batched, scale, retain_graph):
+            self._check_reaches(losses, task, grads)
+            self._reached.update(k for k, g in enumerate(grads) if g is not None)
             if roles.note(task, grads) and settled:
                 # A parameter turned up in a new role: lay everything out again.
                 waiting = [(t, self._unpack(t)) for t in sorted(self._packed)]
@@ -153,6 +150,13 @@ class Capture:
             roles.settle()
             for task, grads in waiting:
                 self._pack(task, grads)
+
+    def _check_reaches(self, losses: TaskLosses, task: int, grads: Gradients) -> None:
+        if not self._partial and all(g is None for g in grads):
+            raise ValueError(
+                f"losses[{losses.names[task]!r}] must depend on a trainable parameter of the "
+                "optimizer, got one that reaches none"
+            )
 
     def _pack(self, task: int, grads: Gradients) -> None:
         roles, more = self.roles, task in self._packed
@@ -189,10 +193,11 @@ class Capture:
                     roles.shared.jac[task].zero_()
         shared_sq = roles.per_task(self._shared_sq if roles.shared is not None else {})
         own_sq = {t: sq for t, sq in self._own_sq.items() if t in roles.own and t in self._packed}
-        return Captured(shared_sq, own_sq, set(self._reached), set(self._packed))
+        packed = set(self._packed)
+        return Captured(shared_sq, own_sq, set(self._reached), packed, packed)
 
 
-def _gradients(
+def task_gradients(
     losses: TaskLosses,
     roles: Roles,
     batched: Batched | None,

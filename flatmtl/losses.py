@@ -156,13 +156,14 @@ def _vector(losses: Tensor) -> list[Output | None]:
     return [_one(i, loss, True) for i, loss in enumerate(losses)]
 
 
-def read_losses(losses: object, *, graph: bool = True) -> TaskLosses:
+def read_losses(losses: object, *, graph: bool = True, partial: bool = False) -> TaskLosses:
     """Checks what a closure returned.
 
     Args:
         losses: a sequence of scalar tensors, a mapping from task names to them (None in either for a
             task that is missing from the batch), or a 1-D tensor.
         graph: False: only the values are wanted.
+        partial: other processes have losses too: all may be None here.
 
     Raises:
         ValueError, TypeError: it is none of these, is empty, or an entry has no graph.
@@ -199,7 +200,7 @@ def read_losses(losses: object, *, graph: bool = True) -> TaskLosses:
         )
     if not tensors:
         raise ValueError("losses must hold at least one task, got none")
-    if all(t is None for t in tensors):
+    if not partial and all(t is None for t in tensors):
         raise ValueError("losses must hold at least one task that has a loss, got only None")
     given = list(losses.values()) if isinstance(losses, Mapping) else list(losses)
     together = any(map(_is_entry, given))

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from flatmtl import amp
 from flatmtl.columns import Per, check_per, groups_of
+from flatmtl.distributed.ranks import ProcessGroup, find_ranks
+from flatmtl.distributed.step import Samples
 from flatmtl.engine import Engine, Options
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, read_jacobian
@@ -19,7 +21,7 @@ from flatmtl.losses import Losses
 from flatmtl.passes import Closure
 from flatmtl.representation import Representation
 from flatmtl.roles import named_shared
-from flatmtl.sharpness import SAM, SAMO, Sharpness, check_whole, default_radii
+from flatmtl.sharpness import SAM, SAMO, Sharpness, check_flag, check_whole, default_radii
 from flatmtl.solves import Solves
 from flatmtl.strategies import MAML, CoopFlat, Strategy, check_fits
 from flatmtl.weighting import Weighting
@@ -88,10 +90,17 @@ class MultiTaskOptimizer(Optimizer):
         replay_rng: with sharpness, the perturbed passes draw the same random numbers (dropout masks) as
             the clean one. torch's generators only.
         history: keep the diagnostics of the last so many steps, ``history`` (0: none).
+        process_group: where several processes train together (torch.distributed), each on its part of a
+            batch: the group of them. "model": found from ``model``, a DistributedDataParallel (or one that
+            holds some). None: this process trains by itself. Every rank's step is that of one process on
+            the whole batch; ``docs/scaling.md`` has what it sends.
+        sync_perturbation: with sharpness and several processes: perturb along the gradient of the whole
+            batch, as one process would. False: each rank along that of its own part (m-sharpness, as in
+            Foret et al., arXiv 2010.01412).
 
     Raises:
         TypeError, ValueError: an argument is none of the above.
-        NotImplementedError: several processes train together (torch.distributed).
+        NotImplementedError: a way that several processes do not know yet.
     """
 
     # GradScaler.step hands over its flag and calls step() either way, so that a step always ends.
@@ -112,6 +121,8 @@ class MultiTaskOptimizer(Optimizer):
         weights_per: Per = "model",
         replay_rng: bool = False,
         history: int = 0,
+        process_group: ProcessGroup | Literal["model"] | None = "model",
+        sync_perturbation: bool = True,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -148,13 +159,8 @@ class MultiTaskOptimizer(Optimizer):
             )
         if not isinstance(replay_rng, bool):
             raise TypeError(f"replay_rng must be True or False, got {replay_rng!r}")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = torch.distributed.get_world_size()
-            if world > 1:
-                raise NotImplementedError(
-                    f"MultiTaskOptimizer must run in one process for now, got a process group of {world}: "
-                    "it does not reduce gradients, and replicas would drift apart"
-                )
+        check_flag("sync_perturbation", sync_perturbation)
+        ranks = find_ranks(process_group, model)
         how = read_jacobian(jacobian)
         if sharpness is not None and isinstance(how, Representation):
             raise ValueError(
@@ -205,6 +211,8 @@ class MultiTaskOptimizer(Optimizer):
             replay_rng=replay_rng,
             history=check_whole("history", history, 0),
             strategy=strategy,
+            ranks=ranks,
+            sync_perturbation=sync_perturbation,
         )
         self._shared = named_shared(shared, self._all_params(), self._label)
         self._per = check_per(weights_per, self._all_params(), model, self._label)
@@ -446,7 +454,7 @@ class MultiTaskOptimizer(Optimizer):
 
     @_eager
     def step(  # type: ignore[override]
-        self, closure: Closure | Sequence[Closure] | None = None
+        self, closure: Closure | Sequence[Closure] | None = None, *, samples: Samples = None
     ) -> Losses | None:
         """One training step.
 
@@ -459,6 +467,10 @@ class MultiTaskOptimizer(Optimizer):
                 it may return that task's loss alone. (``MAML`` knows another argument, ``query``; what
                 ``CoopFlat`` calls is said there.) A list of closures is one for each micro-batch: losses
                 and gradients are added up. It may be left out after ``backward``.
+            samples: where several processes train: how many samples this rank's losses are means of, one
+                number, or one for each task (a sequence or a mapping). Gradients are weighted by them, so
+                that uneven batches and labels give the mean over all samples. None: the mean over the
+                ranks that have the task.
 
         Returns:
             The losses of the clean pass, detached, as the closure returned them; None without one.
@@ -477,7 +489,7 @@ class MultiTaskOptimizer(Optimizer):
                     "runs: call backward(closure, scaler=scaler), then scaler.step(optimizer)"
                 )
             self._engine.drop()
-            losses = self.backward(closure)
+            losses = self.backward(closure, samples=samples)
         elif not self._engine.is_open:
             raise RuntimeError("closure must be given, or backward(losses) called before step()")
         elif self._engine.scale is not None and found_inf is None:
@@ -502,6 +514,7 @@ class MultiTaskOptimizer(Optimizer):
         losses: Losses | Closure | Sequence[Closure],
         *,
         scaler: torch.amp.GradScaler | None = None,
+        samples: Samples = None,
     ) -> Losses:
         """Writes the aggregated gradients into ``.grad``, so that clipping fits before ``step()``.
 
@@ -516,6 +529,7 @@ class MultiTaskOptimizer(Optimizer):
                 ``scaler.unscale_(optimizer)``, ``scaler.step(optimizer)`` and ``scaler.update()`` follow as
                 ever. Weights are those of the unscaled gradients. Where any task's gradient is not
                 finite, the step is skipped and leaves everything as it was.
+            samples: as in ``step``.
 
         Returns:
             The losses of the clean pass, detached.
@@ -529,7 +543,7 @@ class MultiTaskOptimizer(Optimizer):
         scale = amp.scale_of(scaler, self._all_params())
         for group in self.param_groups:
             self._check_group(group)
-        passes = self._engine.gradients(losses, self.param_groups, scale)
+        passes = self._engine.gradients(losses, self.param_groups, scale, samples)
         assert passes.total is not None
         return passes.total
 

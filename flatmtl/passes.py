@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,12 +21,26 @@ class Passes:
     Attributes:
         total: the clean losses so far, added up over the micro-batches, as the closure returned them.
         repeatable: whether the forward passes can be run again.
+
+    Args:
+        given: what.
+        replay: of the random numbers.
+        replaying: the perturbed passes draw the clean ones'.
+        partial: other processes have losses too: a batch may hold no task here.
+        inside: entered for every forward pass.
     """
 
     def __init__(
-        self, given: object, replay: Replay | None = None, replaying: bool = False
+        self,
+        given: object,
+        replay: Replay | None = None,
+        replaying: bool = False,
+        *,
+        partial: bool = False,
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.total: Losses | None = None
+        self._partial, self._inside = partial, inside
         self._replay, self._replaying = replay, replaying
         self._losses: TaskLosses | None = None
         self._closures: list[Closure] = []
@@ -35,7 +50,7 @@ class Passes:
         elif isinstance(given, Sequence) and given and all(map(callable, given)):
             self._closures = list(given)
         else:
-            self._losses = read_losses(given)
+            self._losses = read_losses(given, partial=partial)
         self._by_task = [takes(c, "tasks") for c in self._closures]
         self.repeatable = bool(self._closures)
 
@@ -52,8 +67,8 @@ class Passes:
         for closure in self._closures:
             if self._replay is not None:
                 self._replay.note()
-            with torch.enable_grad():
-                losses = read_losses(closure())
+            with torch.enable_grad(), self._inside():
+                losses = read_losses(closure(), partial=self._partial)
             self._present.append({losses.names[k] for k in losses.present})
             values = losses.values
             yield losses
@@ -98,9 +113,9 @@ class Passes:
             asked: dict[str, object] = {"tasks": [name]} if alone else {}
             if query and takes(closure, "query"):
                 asked["query"] = True
-            with torch.set_grad_enabled(graph):
+            with torch.set_grad_enabled(graph), self._inside():
                 returned = closure(**asked)
-                losses = read_losses(returned, graph=graph)
+                losses = read_losses(returned, graph=graph, partial=self._partial)
             if set(losses.names) == set(tasks):
                 losses = losses.in_order(list(tasks))
                 position = 0 if task is None else task

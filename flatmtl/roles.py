@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flatmtl.block import Block
+from flatmtl.distributed.messages import Messages
 from flatmtl.losses import TaskName
 
 Gradients = Sequence[Tensor | None]
@@ -52,12 +53,14 @@ class Layout:
         exempt: ids of parameters that the adaptive scaling leaves out.
         both: the shared block's two families of rows are one matrix.
         ends: its ``update`` and ``kept`` are one matrix.
+        joined: a task's shared and own rows lie side by side, as one message to other processes.
     """
 
     row_dtype: torch.dtype | None = None
     exempt: frozenset[int] = frozenset()
     both: bool = False
     ends: bool = False
+    joined: bool = False
 
 
 class Roles:
@@ -75,6 +78,7 @@ class Roles:
         shared_set: the entries of ``shared_index``.
         owner: position of a parameter -> the task whose own it is.
         settled: whether the blocks are laid out.
+        messages: the buffers of rows where they are joined.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Roles:
         self.shared_set: frozenset[int] = frozenset()
         self.owner: dict[int, int] = {}
         self.settled = False
+        self.messages: Messages | None = None
 
     def _is_shared(self, k: int) -> bool:
         if self._named is not None:
@@ -152,6 +157,11 @@ class Roles:
     def knows(self, tasks: Collection[int]) -> bool:
         """Whether the blocks are laid out, by passes that had all these tasks."""
         return self.settled and self._seen.issuperset(tasks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every task has been there and every parameter been reached: there is no more to learn."""
+        return self.settled and len(self._seen) == len(self.tasks) and all(self._reach)
 
     def end_pass(self, tasks: Collection[int], *, keep: bool) -> None:
         """Keeps what ``note`` has noted of these tasks since the last call, or forgets it (a failed pass)."""
@@ -207,12 +217,16 @@ class Roles:
             layout = self._layout
             shared = self._block(shared_index, rows, both=layout.both, ends=layout.ends)
         own = {task: self._block(index, 1) for task, index in own_index.items()}
+        messages = None
+        if self._layout.joined:
+            messages = Messages(shared, own, len(self.tasks), both=self._layout.both)
         # Nothing has changed up to here, should a role not hold.
         flats = self.flats()
         self.shared, self.shared_index = shared, shared_index
         self.shared_set = frozenset(shared_index)
         self.owner = {k: task for task, index in own_index.items() for k in index}
         self.own, self.own_index = own, own_index
+        self.messages = messages
         self.settled = True
         self.put_flats(flats)
 

@@ -93,7 +93,7 @@ def perturbed_passes(
         engine: the engine.
         passes: the forward passes.
         roles: the roles.
-        present: the tasks that have a loss.
+        present: the tasks that have a loss on this rank.
         move: perturbs the parameters for a task.
         scale: loss scale.
         query: the passes are of query data, where the closures have them.
@@ -105,25 +105,34 @@ def perturbed_passes(
     after: list[Tensor | None] = [None] * len(roles.tasks)
     norms: dict[int, list[Tensor]] = {}
 
+    link = engine.link
+
+    def take(task: int) -> None:
+        for losses, position in passes.again(roles.tasks, task, query=query):
+            norms[task] = capture_perturbed(
+                losses, task, position, roles, scale, accumulate=task in norms
+            )
+            after[task] = added_loss(after[task], losses.detached[position])
+            losses.outputs.clear()
+        if task in roles.own:
+            roles.own[task].restore()
+        if correct is not None:
+            if roles.shared is not None:
+                roles.shared.restore()
+            norms[task] = correct(task)
+
     def run() -> None:
         for task in range(len(roles.tasks)):
-            if task not in present:
-                if roles.shared is not None:
-                    roles.shared.sam[task].zero_()
-                continue
-            move(task)
-            for losses, position in passes.again(roles.tasks, task, query=query):
-                norms[task] = capture_perturbed(
-                    losses, task, position, roles, scale, accumulate=task in norms
-                )
-                after[task] = added_loss(after[task], losses.detached[position])
-                losses.outputs.clear()
-            if task in roles.own:
-                roles.own[task].restore()
-            if correct is not None:
-                if roles.shared is not None:
-                    roles.shared.restore()
-                norms[task] = correct(task)
+            if task in present:
+                move(task)
+            elif roles.shared is not None:
+                roles.shared.sam[task].zero_()
+            if link is not None:
+                link.moved(task)
+            if task in present:
+                take(task)
+            if link is not None:
+                link.taken(task)
 
     away(engine, passes, roles, run)
     return after, norms

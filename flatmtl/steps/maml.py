@@ -40,9 +40,11 @@ def maml(engine: Engine, strategy: MAML, passes: Passes, scale: Tensor | None) -
         return _through_the_step(strategy.lr, passes, roles, task, scale)
 
     after, norms = perturbed_passes(
-        engine, passes, roles, captured.present, move, scale,
+        engine, passes, roles, captured.here, move, scale,
         query=True, correct=None if strategy.first_order else through,
     )  # fmt: skip
+    if engine.link is not None:
+        captured, norms = engine.link.perturbed_rows(captured)
     found = take_perturbed(
         engine,
         roles,

@@ -19,15 +19,20 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
     sharpness = engine.options.sharpness
     assert isinstance(sharpness, SAM)
     roles, captured = engine.captured(passes, scale)
+    link = engine.link
     finite = engine.finite_tasks(roles, captured.shared_sq, captured.own_sq)
-    engine.check_finite(roles, finite, scale)
+    if link is None or not link.local:
+        engine.check_finite(roles, finite, scale)
 
     def move(task: int) -> None:
         own = [(task, captured.own_sq[task])] if task in captured.own_sq else []
         shared = None if roles.shared is None else roles.shared.jac[task]
         perturb(engine, roles, shared, captured.shared_sq[task], own, radii)
 
-    after, norms = perturbed_passes(engine, passes, roles, captured.present, move, scale)
+    after, norms = perturbed_passes(engine, passes, roles, captured.here, move, scale)
+    if link is not None:
+        captured, norms = link.perturbed_rows(captured)
+        finite = engine.finite_tasks(roles, captured.shared_sq, captured.own_sq)
     finite = with_perturbed(roles, finite, norms)
     engine.check_finite(roles, finite, scale)
     found = own = None

@@ -1,0 +1,83 @@
+"""What the ranks tell each other where not all is known yet: at the first step, and of new tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmtl.distributed.ranks import RankFailedError, Ranks
+
+_ERROR = "error"
+
+
+def gather_or_raise(ranks: Ranks, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's ``facts``, by rank.
+
+    Raises:
+        RankFailedError: one has failed (``gather_failure``).
+    """
+    found = ranks.gather(facts)
+    errors = [facts[_ERROR] for facts in found if _ERROR in facts]
+    if errors:
+        raise RankFailedError(
+            f"the step was made on no rank, as one failed: {'; '.join(errors)} (seen from rank "
+            f"{ranks.rank})"
+        )
+    return found
+
+
+def gather_failure(ranks: Ranks, failure: Exception) -> None:
+    """Takes part in the others' ``gather_or_raise``: this rank has failed."""
+    ranks.gather({_ERROR: f"rank {ranks.rank}: {type(failure).__name__}: {failure}"})
+
+
+def check_same(found: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError if the ranks' facts differ: the same text on all of them."""
+    first = found[0]
+    for name in first:
+        for rank, facts in enumerate(found):
+            if facts[name] == first[name]:
+                continue
+            raise ValueError(
+                f"{name} must be the same on every rank, got {first[name]} on rank 0 and {facts[name]} on "
+                f"rank {rank}"
+            )
+
+
+def facts_of(
+    params: Sequence[Tensor],
+    labels: Sequence[str],
+    groups: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What must be the same on every rank before the first step. Reads the device.
+
+    Args:
+        params: all parameters of the optimizer.
+        labels: their names.
+        groups: the optimizer's.
+        options: name -> anything that compares.
+    """
+    facts = {"the number of parameters": len(params)}
+    for label, param in zip(labels, params, strict=True):
+        shape = f"{list(param.shape)} {param.dtype}"
+        facts[label] = shape if param.requires_grad else f"{shape}, frozen"
+    facts.update(options)
+    for number, group in enumerate(groups):
+        plain = {k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, type(None)))}
+        facts[f"param_groups[{number}]"] = plain
+    for label, total in zip(labels, _sums(params), strict=True):
+        facts[f"the sum over {label}"] = total
+    return facts
+
+
+def _sums(params: Sequence[Tensor]) -> list[str]:
+    """Of every parameter's elements, for comparison: different values rarely have the same one."""
+    if not params:
+        return []
+    device = params[0].device
+    sums = [p.detach().double().sum().to(device) for p in params]
+    return [repr(value) for value in torch.stack(sums).tolist()]
