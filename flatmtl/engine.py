@@ -18,15 +18,18 @@ from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
 from flatmtl.distributed.agree import check_same, facts_of, gather_or_raise
-from flatmtl.distributed.ranks import Ranks
-from flatmtl.distributed.step import RowStep, Samples
+from flatmtl.distributed.counts import Samples
+from flatmtl.distributed.losses import average
+from flatmtl.distributed.one_row import OneRowStep
+from flatmtl.distributed.ranks import RankFailedError, Ranks
+from flatmtl.distributed.row_step import RowStep
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, Capture, Captured, Jacobian
 from flatmtl.losses import TaskLosses, added_entries, loss_vector
 from flatmtl.ops._status import INVALID_LOSS
-from flatmtl.passes import Passes
+from flatmtl.passes import Passes, batches_of
 from flatmtl.radius import RadiusWatch
 from flatmtl.replay import Generators, Replay
 from flatmtl.representation import Representation
@@ -90,6 +93,8 @@ class Engine:
         running: whether passes are being run.
         watched: a perturbed pass has been watched for layers that update running statistics.
         meters: measure affinities at the steps that have task gradients.
+        row_step: what goes between several processes at a step with a row a task, while it is made.
+        one_row_step: the same for a step with one row.
         lost: tasks of this step whose loss was not finite, left out of the one backward pass.
     """
 
@@ -130,12 +135,15 @@ class Engine:
         self._open = False  # backward() has run and step() has not
         self._begun = False  # a step's first backward() has begun
         self._guarded = False  # the buffers before the step are kept
-        self.link: RowStep | None = None  # of a step of several processes
+        self.row_step: RowStep | None = None
+        self.one_row_step: OneRowStep | None = None
         self._record_args: dict[str, Any] | None = None  # for the history, once stepped
         # parameters, the .grad they were given, and its version
         self._written: list[tuple[Tensor, Tensor, int]] = []
         self._losses: list[Tensor | None] = []  # the clean ones of this step
         self.lost: set[int] = set()
+        self._everyones: list[Tensor | None] = []  # the losses of this step over all processes
+        self._counted: list[float] = []  # what this one's count for
         self._groups = groups  # id(parameter) -> its group, where groups have weights of their own
         self._columns: tuple[Block, Columns] | None = None
         self._to_look_back: Passes | None = None  # whose losses after the step are wanted
@@ -178,11 +186,25 @@ class Engine:
     def _look_back(self, passes: Passes) -> None:
         """Hands the last micro-batch's losses after the step to the weighting, which saw them before it."""
         assert self.roles is not None
+        ranks, device = self.options.ranks, self.roles.params[0].device
+        try:
+            after = self._losses_after(passes, self.roles)
+        except Exception:
+            if ranks is not None:
+                none: list[Tensor | None] = [None] * len(self._counted)
+                average(ranks, none, self._counted, device, failed=True)
+            raise
+        if ranks is not None:
+            after = average(ranks, after, self._counted, device).entries()
+        seen = self.observed(after, self.roles)
+        self.solves.weightings["loss"]._after_step(seen.losses, seen.there)
+
+    def _losses_after(self, passes: Passes, roles: Roles) -> list[Tensor | None]:
         after: list[Tensor | None] = []
         self.clean_buffers.save()
         watching = self.options.model is None and not self.watched
         try:
-            again = passes.again(self.roles.tasks, None, graph=False, replay=True, last=True)
+            again = passes.again(roles.tasks, None, graph=False, replay=True, last=True)
             with watch_for_running_statistics(watching, "looking-back"):
                 for losses, _ in again:
                     after = losses.detached
@@ -190,8 +212,7 @@ class Engine:
             self.clean_buffers.restore()
             passes.end()
         self.watched = True
-        seen = self.observed(after, self.roles)
-        self.solves.weightings["loss"]._after_step(seen.losses, seen.there)
+        return after
 
     def _close(self) -> None:
         self._open = self._begun = self._guarded = False
@@ -254,22 +275,45 @@ class Engine:
             check_same(gather_or_raise(ranks, self._facts(groups)))
             ranks.agreed = True
         ranks.send_buffers()
-        self.link = self._link_of(ranks, groups, samples)
+        self._everyones = []
+        link = self._link_of(ranks, groups, samples, batches_of(given))
+        if isinstance(link, RowStep):
+            self.row_step = link
+        else:
+            self.one_row_step = link
         try:
             return self._gradients(given, groups, scale)
+        except RankFailedError:
+            raise
         except Exception as failure:
-            self.link.fail(failure)
+            link.fail(failure)
             raise
         finally:
-            self.link = None
+            if isinstance(link, RowStep) and link.capture is not None:
+                self._counted = link.capture.all_counts()
+            self.row_step = self.one_row_step = None
 
-    def _link_of(self, ranks: Ranks, groups: Sequence[dict[str, Any]], samples: Samples) -> RowStep:
+    def _link_of(
+        self,
+        ranks: Ranks,
+        groups: Sequence[dict[str, Any]],
+        samples: Samples,
+        batches: int,
+    ) -> RowStep | OneRowStep:
         """What the ranks are going to send each other at the next step."""
         options = self.options
-        apart, _ = self._kind(self._radii(groups))
+        apart, reuse = self._kind(self._radii(groups))
+        if options.strategy is None and (
+            reuse or (apart and self.solves.weightings["loss"].one_pass)
+        ):
+            decomposed = _aggregates(options.sharpness, "decomposed")
+            rows = [1] if apart else [1 + decomposed, 1]
+            return OneRowStep(ranks, self.roles, samples, batches, rows)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
-        return RowStep(ranks, self.roles, samples, perturbed=perturbed, local=local)
+        looks = self._looks_at_losses
+        losses = (lambda: self._losses) if looks else None
+        return RowStep(ranks, self.roles, samples, losses, perturbed=perturbed, local=local)
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What must be the same on all ranks."""
@@ -512,13 +556,15 @@ class Engine:
             losses.outputs.clear()  # what is left of the graphs is not needed any more
 
     def captured(self, passes: Passes, scale: Tensor | None) -> tuple[Roles, Captured]:
-        """T backward passes a micro-batch, into the blocks' rows: this process's, or the mean of all ranks."""
+        """T backward passes a micro-batch, into the blocks' rows; with several processes, their means."""
         batched = self.options.jacobian if isinstance(self.options.jacobian, Batched) else None
-        link = self.link
+        link = self.row_step
         try:
             for roles, losses in self.clean_passes(passes):
                 if not isinstance(self.capture, Capture) or self.capture.roles is not roles:
-                    self.capture = Capture(roles) if link is None else link.begin(roles, len(passes))
+                    self.capture = (
+                        Capture(roles) if link is None else link.begin(roles, len(passes))
+                    )
                 self.capture.add(losses, batched, scale)
                 self.roles = roles  # only once its roles held
             assert isinstance(self.capture, Capture)
@@ -578,14 +624,36 @@ class Engine:
         full = self.options.history > 0 or self.measures
         seen = columns = None
         assert self.roles is not None
-        if any(
-            "losses" in w.needs or w.one_pass or isinstance(w, RowMethod)
-            for w in self.solves.weightings.values()
-        ):
-            seen = self.observed(self._losses, self.roles)
+        if self._looks_at_losses:
+            seen = self.observed(self._all_losses(), self.roles)
         if self._groups is not None and self.roles.shared is not None:
             columns = self._columns_of(self.roles.shared)
         return Families(self.solves, scale, full=full, seen=seen, columns=columns)
+
+    def _all_losses(self) -> list[Tensor | None]:
+        """The step's losses, over all processes."""
+        if self.row_step is not None and self.row_step.averaged:
+            return self.row_step.averaged
+        return self._everyones or self._losses
+
+    @property
+    def _looks_at_losses(self) -> bool:
+        return any(
+            "losses" in w.needs or w.one_pass or isinstance(w, RowMethod)
+            for w in self.solves.weightings.values()
+        )
+
+    def seen_by_all(self, losses: TaskLosses, roles: Roles, backward: WeightedBackward) -> Observed:
+        """A micro-batch's losses as a weighting sees them: with several processes, those of all."""
+        link = self.one_row_step
+        if link is None:
+            return self.observed(losses.detached, roles)
+        found = link.average(roles, losses)
+        backward.shares = found.shares
+        entries = found.entries()
+        self._counted = link.counts
+        self._everyones = added_entries(self._everyones, entries)
+        return self.observed(entries, roles)
 
     def _columns_of(self, block: Block) -> Columns:
         if self._columns is None or self._columns[0] is not block:
@@ -612,7 +680,8 @@ class Engine:
     def learn_from_all(self, roles: Roles) -> None:
         """What the weighting learns, from the step's added losses where it has several micro-batches."""
         if self.solves.weightings["loss"].parameters():
-            self.solves.relearn("loss", self.observed(self._losses, roles))
+            seen = self.observed(self._all_losses(), roles)
+            self.solves.relearn("loss", seen)
 
     def watch_losses(self) -> None:
         """Has a loss on CUDA that the weighting cannot take raise from a later call."""

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from flatmtl import amp
 from flatmtl.columns import Per, check_per, groups_of
+from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.ranks import ProcessGroup, find_ranks
-from flatmtl.distributed.step import Samples
 from flatmtl.engine import Engine, Options
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, read_jacobian
@@ -189,6 +190,8 @@ class MultiTaskOptimizer(Optimizer):
                 shared=shared,
                 row_dtype=row_dtype,
             )
+        if ranks is not None:
+            _check_ranks(sharpness, how, base_optimizer)
         _check_method(weighting, sharpness or strategy, how, weights_every, weights_per)
         # The hooks' registries only: param_groups, state and defaults are the base optimizer's.
         super().__init__([torch.empty(0)], {})
@@ -562,6 +565,21 @@ class MultiTaskOptimizer(Optimizer):
             raise RuntimeError("there was no step yet: no status")
         finite = dict(zip(engine.roles.tasks, engine.finite.tolist(), strict=True))
         return {"finite": finite, **engine.solves.statuses}
+
+
+def _check_ranks(sharpness: Sharpness | Strategy | None, how: object, base: Optimizer) -> None:
+    """Raises NotImplementedError for what several processes do not know yet."""
+    what = None
+    if isinstance(sharpness, (SAMO, CoopFlat)) or (
+        isinstance(sharpness, MAML) and not sharpness.first_order
+    ):
+        what = f"sharpness={sharpness!r}"
+    elif isinstance(how, Representation):
+        what = f"jacobian={how!r}"
+    if what is not None:
+        raise NotImplementedError(f"process_group must be None (one process) with {what}")
+    if any(isinstance(p, DTensor) for group in base.param_groups for p in group["params"]):
+        raise NotImplementedError("params must be no DTensors")
 
 
 def _check_method(

@@ -139,6 +139,12 @@ class Passes:
             self._replay.end()
 
 
+def batches_of(given: object) -> int:
+    """The number of micro-batches in what a step was given."""
+    several = isinstance(given, Sequence) and bool(given) and all(map(callable, given))
+    return len(given) if several else 1  # type: ignore[arg-type]
+
+
 def takes(closure: Closure, name: str) -> bool:
     """Whether the closure has an argument of that name."""
     # Plain functions do without inspect, which costs as much as a kernel.

@@ -163,6 +163,11 @@ class Roles:
         """Whether every task has been there and every parameter been reached: there is no more to learn."""
         return self.settled and len(self._seen) == len(self.tasks) and all(self._reach)
 
+    def reached_by(self, tasks: Collection[int]) -> set[int]:
+        """Positions of the parameters with a role that some of these tasks are known to reach."""
+        index = [*self.shared_index, *(k for t in tasks for k in self.own_index.get(t, []))]
+        return {k for k in index if not self._reach[k].isdisjoint(tasks)}
+
     def end_pass(self, tasks: Collection[int], *, keep: bool) -> None:
         """Keeps what ``note`` has noted of these tasks since the last call, or forgets it (a failed pass)."""
         if not keep:

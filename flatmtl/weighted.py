@@ -20,7 +20,7 @@ class WeightedBackward:
 
     Args:
         roles: settled.
-        weights: float64 [T].
+        weights: float64 [T]; can be changed between micro-batches.
         scale: loss scale, 0-dim; None: 1.
         together: own gradients are those of the weighted loss.
     """
@@ -28,8 +28,10 @@ class WeightedBackward:
     def __init__(
         self, roles: Roles, weights: Tensor, scale: Tensor | None, *, together: bool = False
     ) -> None:
-        self._roles = roles
+        self.roles = roles
         self.weights = weights
+        #: float64 [T], the part that each loss has in a mean over several processes; None: there is one
+        self.shares: Tensor | None = None
         self._scale = scale
         self._together = together
         self._begun = False
@@ -61,11 +63,13 @@ class WeightedBackward:
             surprised: lays the blocks out anew and gives the row; called, with ``together``, where a
                 gradient arrives that no present task is known to have.
         """
-        roles = self._roles
+        roles = self.roles
         tasks = [task for task in losses.present if task not in without]
         if not tasks:
             return
         ones = [losses.seed(task, self._scale) for task in tasks]
+        if self.shares is not None:
+            ones = [one * self.shares[task].to(one) for one, task in zip(ones, tasks, strict=True)]
         of: dict[int, Tensor | None] = {}
         index = [k for task in tasks for k in roles.own_index.get(task, [])] if own else []
         if index and not self._together:  # first: the other pass may free the graph
@@ -107,7 +111,7 @@ class WeightedBackward:
         """The weighted loss's gradient for every parameter."""
         weights = self.weights.to(ones[0].dtype).unbind()
         seeds = [one * weights[task].to(one) for one, task in zip(ones, tasks, strict=True)]
-        every = list(range(len(self._roles.params)))
+        every = list(range(len(self.roles.params)))
         return dict(zip(every, self._pass(losses, tasks, seeds, every, retain_graph), strict=True))
 
     def _pass(
@@ -118,18 +122,18 @@ class WeightedBackward:
         index: list[int],
         retain_graph: bool,
     ) -> tuple[Tensor | None, ...]:
-        params = [self._roles.params[k] for k in index]
+        params = [self.roles.params[k] for k in index]
         return losses.backward(tasks, params, seeds, retain_graph=retain_graph)
 
     def shared_norm(self) -> Tensor:
         """The squared norm of the shared row, float64 0-dim; 0 if nothing is shared."""
         if self.shared_sq is None:
-            return torch.zeros((), dtype=torch.float64, device=self._roles.params[0].device)
+            return torch.zeros((), dtype=torch.float64, device=self.roles.params[0].device)
         return self.shared_sq
 
     def unpack(self, row: Tensor | None) -> dict[int, Tensor]:
         """Position of a parameter -> its gradient so far, before the blocks are laid out anew."""
-        roles = self._roles
+        roles = self.roles
         grads: dict[int, Tensor] = {}
         if roles.shared is not None and row is not None:
             grads.update(zip(roles.shared_index, roles.shared.views(row), strict=True))
@@ -140,7 +144,7 @@ class WeightedBackward:
 
     def repack(self, grads: dict[int, Tensor], row: Tensor | None) -> None:
         """Puts the gradients of ``unpack`` into the new blocks."""
-        roles = self._roles
+        roles = self.roles
         if roles.shared is not None and row is not None:
             self.shared_sq = roles.shared.pack(row, [grads.get(k) for k in roles.shared_index])
         self.own_sq = {

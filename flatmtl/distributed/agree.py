@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatmtl.distributed.ranks import RankFailedError, Ranks
+from flatmtl.losses import TaskName
 
+NOBODY = (
+    "losses must hold at least one task that has a loss on some rank, got only None on all of them"
+)
 _ERROR = "error"
 
 
@@ -32,6 +36,35 @@ def gather_or_raise(ranks: Ranks, facts: dict[str, Any]) -> list[dict[str, Any]]
 def gather_failure(ranks: Ranks, failure: Exception) -> None:
     """Takes part in the others' ``gather_or_raise``: this rank has failed."""
     ranks.gather({_ERROR: f"rank {ranks.rank}: {type(failure).__name__}: {failure}"})
+
+
+def agree_on_reach(
+    ranks: Ranks,
+    tasks: Sequence[TaskName],
+    here: Iterable[int],
+    reached: Iterable[tuple[int, int]],
+) -> tuple[set[int], list[tuple[int, int]]]:
+    """The ranks tell each other which tasks they have and what these reach.
+
+    Args:
+        ranks: the ranks.
+        tasks: the tasks' names.
+        here: the tasks that have a loss on this rank.
+        reached: tasks, and the parameters that they reach (what is known already may be left out).
+
+    Returns:
+        The same of all ranks together, in one order on each.
+
+    Raises:
+        ValueError: the tasks differ.
+        RankFailedError: a rank has failed.
+    """
+    found = gather_or_raise(
+        ranks, {"losses": list(tasks), "here": sorted(here), "reached": sorted(reached)}
+    )
+    check_same([{"the order of the losses' tasks": facts["losses"]} for facts in found])
+    together: set[tuple[int, int]] = set().union(*(map(tuple, facts["reached"]) for facts in found))
+    return set().union(*(facts["here"] for facts in found)), sorted(together)
 
 
 def check_same(found: Sequence[Mapping[str, Any]]) -> None:
@@ -61,13 +94,15 @@ def facts_of(
         groups: the optimizer's.
         options: name -> anything that compares.
     """
-    facts = {"the number of parameters": len(params)}
+    facts: dict[str, Any] = {"the number of parameters": len(params)}
     for label, param in zip(labels, params, strict=True):
         shape = f"{list(param.shape)} {param.dtype}"
         facts[label] = shape if param.requires_grad else f"{shape}, frozen"
     facts.update(options)
     for number, group in enumerate(groups):
-        plain = {k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, type(None)))}
+        plain = {
+            k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, type(None)))
+        }
         facts[f"param_groups[{number}]"] = plain
     for label, total in zip(labels, _sums(params), strict=True):
         facts[f"the sum over {label}"] = total

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flatmtl import ops
 from flatmtl.block import Block
-from flatmtl.distributed.agree import check_same, gather_or_raise
+from flatmtl.distributed.agree import NOBODY, agree_on_reach
 from flatmtl.distributed.exchange import Arrived, Exchange
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.jacobian import Batched, Capture, Captured, task_gradients
@@ -70,6 +70,10 @@ class RankedCapture(Capture):
         else:
             self._add(losses, batched, scale, retain_graph)
 
+    def all_counts(self) -> list[float]:
+        """[T], ``counts`` of every task."""
+        return [self.counts(task) for task in range(len(self.roles.tasks))]
+
     def _add(
         self, losses: TaskLosses, batched: Batched | None, scale: Tensor | None, retain_graph: bool
     ) -> None:
@@ -118,19 +122,10 @@ class RankedCapture(Capture):
         roles = self.roles
         if self._known:
             return
-        found = gather_or_raise(
-            self._ranks,
-            {
-                "losses": list(roles.tasks),
-                "here": sorted(self._packed),
-                "reached": sorted(self._extra),
-            },
-        )
-        check_same([{"losses": facts["losses"]} for facts in found])
-        here = set().union(*(facts["here"] for facts in found))
+        here, reached = agree_on_reach(self._ranks, roles.tasks, self._packed, self._extra)
         fresh = not roles.settled
         try:
-            for task, k in sorted(set().union(*(map(tuple, f["reached"]) for f in found))):
+            for task, k in reached:
                 fresh = roles.note_reach(task, k) or fresh
         except BaseException:
             roles.end_pass(here, keep=False)
@@ -158,15 +153,16 @@ class RankedCapture(Capture):
         """What the rows hold now that they are means; ``arrived``: what came with them."""
         roles = self.roles
         tasks = range(len(roles.tasks))
-        if arrived.counts.device.type == "cpu" or not self._known:
-            present = {task for task, n in zip(tasks, arrived.counts.tolist(), strict=True) if n > 0}
+        if arrived.counts.device.type == "cpu":
+            present = {
+                task for task, n in zip(tasks, arrived.counts.tolist(), strict=True) if n > 0
+            }
+            if not present:
+                raise ValueError(NOBODY)
         else:  # a task that no rank has would be known by waiting for the device only
             present = set(tasks)
         shared_sq, own_sq = squares(roles, "jac", present)
-        reach = roles.reach()
-        index = [*roles.shared_index, *(k for t in present for k in roles.own_index.get(t, []))]
-        reached = {k for k in index if not present.isdisjoint(reach[k])}
-        return Captured(shared_sq, own_sq, reached, present, self.here)
+        return Captured(shared_sq, own_sq, roles.reached_by(present), present, self.here)
 
 
 def squares(roles: Roles, name: str, present: set[int]) -> tuple[Tensor, dict[int, Tensor]]:

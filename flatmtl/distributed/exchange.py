@@ -52,7 +52,9 @@ class Exchange:
         """One message; its row counts so many times (0: there is none, and zeros are sent)."""
         due = self._stages[0].pop(0)
         if due != (name, task):
-            raise RuntimeError(f"messages must go in one order on all ranks: {due} is due, not {name}")
+            raise RuntimeError(
+                f"messages must go in one order on all ranks: {due} is due, not {name}"
+            )
         messages, ranks = self._messages, self._ranks
         message, tail = messages.message(name, task), messages.tails(name)[task]
         if counts:

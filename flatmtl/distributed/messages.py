@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Messages:
         if shared is not None:
             shared.lend(lambda name: self._rows(name)[:, : self._start])
         for task, block in own.items():
-            block.lend(lambda name, task=task, size=block.size: self._own_row(name, task, size))
+            block.lend(partial(self._own_row, task, block.size))
 
     def _rows(self, name: str) -> Tensor:
         """The buffer [T, width], or [2 T, width] for "both"."""
@@ -65,7 +66,7 @@ class Messages:
             return both[: self._tasks] if name == "jac" else both[self._tasks :]
         return self._rows(name)
 
-    def _own_row(self, name: str, task: int, size: int) -> Tensor:
+    def _own_row(self, task: int, size: int, name: str) -> Tensor:
         return self.family(name)[task : task + 1, self._behind : self._behind + size]
 
     def message(self, name: str, task: int) -> Tensor:

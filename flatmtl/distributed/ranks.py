@@ -33,14 +33,18 @@ class Ranks:
         broken: a collective has failed: there is no use in another one.
     """
 
-    def __init__(self, group: ProcessGroup, replicas: Sequence[DistributedDataParallel] = ()) -> None:
+    def __init__(
+        self, group: ProcessGroup, replicas: Sequence[DistributedDataParallel] = ()
+    ) -> None:
         self.group = group
         self.replicas = list(replicas)
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.agreed = False
         self.broken = False
-        self._failures = 0  # steps that some rank failed in: each has a place of its own in the store
+        self._failures = (
+            0  # steps that some rank failed in: each has a place of its own in the store
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return Ranks(self.group, self.replicas)
@@ -137,14 +141,11 @@ class Ranks:
     def _key(self) -> str:
         return f"flatmtl/{self.group.group_name}/failed/{self._failures}"
 
-    def _store(self) -> dist.Store:
-        store: dist.Store = dist.distributed_c10d._get_default_store()
-        return store
+    def _store(self) -> Any:  # noqa: ANN401
+        return dist.distributed_c10d._get_default_store()
 
 
-def find_ranks(
-    process_group: object, model: nn.Module | None, alone: str = "None"
-) -> Ranks | None:
+def find_ranks(process_group: object, model: nn.Module | None, alone: str = "None") -> Ranks | None:
     """The ranks that train together; None where this process trains by itself.
 
     Args:

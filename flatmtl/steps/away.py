@@ -105,7 +105,7 @@ def perturbed_passes(
     after: list[Tensor | None] = [None] * len(roles.tasks)
     norms: dict[int, list[Tensor]] = {}
 
-    link = engine.link
+    link = engine.row_step
 
     def take(task: int) -> None:
         for losses, position in passes.again(roles.tasks, task, query=query):

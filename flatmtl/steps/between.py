@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 def weighted(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     """One backward pass with the last weights."""
+    link = engine.one_row_step
     for roles, losses in engine.clean_passes(passes):
         if not isinstance(engine.capture, WeightedBackward):
             engine.capture = WeightedBackward(roles, engine.weights["loss"], scale)
-        follow(roles, losses, [(engine.capture, _update)])
+        follow(roles, losses, [(engine.capture, _update)], link)
+        if link is not None:
+            engine.capture.shares = link.average(roles, losses).shares
         engine.roles = roles
         engine.capture.add(losses, _update(roles), perturbed=False, retain_graph=False, own=True)
     if isinstance(engine.options.jacobian, Representation):
@@ -35,6 +38,8 @@ def weighted(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     assert isinstance(backward, WeightedBackward)
     assert known is not None
     roles = known
+    if link is not None:
+        link.reduce(backward, [_update(roles)])
     finite = engine.finite_tasks(roles, backward.shared_norm(), backward.own_sq)
     engine.check_finite(roles, finite, scale)
     if roles.shared is not None:
@@ -60,13 +65,18 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
     a = engine.weights["loss"]
     b = engine.weights["flat"] if decomposed else a
     first, minus = WeightedBackward(roles, a, scale), WeightedBackward(roles, b, scale)
+    link = engine.one_row_step
     for _, losses in engine.clean_passes(passes):
-        follow(roles, losses, [(first, _first), (minus, _update)])
+        follow(roles, losses, [(first, _first), (minus, _update)], link)
+        if link is not None:
+            first.shares = minus.shares = link.average(roles, losses).shares
         first.add(losses, _first(roles), perturbed=False, retain_graph=decomposed, own=True)
         if decomposed and roles.shared is not None:
             minus.add(losses, _update(roles), perturbed=False, retain_graph=False, own=False)
     engine.capture = first
     shared = roles.shared
+    if link is not None:
+        link.reduce(first, [_first(roles), *([_update(roles)] if decomposed else [])])
     finite = engine.finite_tasks(roles, first.shared_norm(), first.own_sq)
     engine.check_finite(roles, finite, scale)
     own = list(first.own_sq.items())
@@ -77,13 +87,17 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
         nonlocal after
         row = None if shared is None else shared.jac[0]
         perturb(engine, roles, row, first.shared_norm(), own, radii)
-        for losses, _ in passes.again(roles.tasks, None):
+        for number, (losses, _) in enumerate(passes.again(roles.tasks, None)):
+            if link is not None:
+                last.shares = link.shares[number]
             target = None if shared is None else shared.sam[0]
             last.add(losses, target, perturbed=True, retain_graph=False, own=True)
             after = added_entries(after, losses.detached)
             losses.outputs.clear()
 
     away(engine, passes, roles, perturbed)
+    if link is not None:
+        link.reduce(last, [None if shared is None else shared.sam[0]], perturbed=True)
     finite = finite & engine.finite_tasks(roles, last.shared_norm(), last.own_sq)
     engine.check_finite(roles, finite, scale)
     if shared is not None:

@@ -43,8 +43,8 @@ def maml(engine: Engine, strategy: MAML, passes: Passes, scale: Tensor | None) -
         engine, passes, roles, captured.here, move, scale,
         query=True, correct=None if strategy.first_order else through,
     )  # fmt: skip
-    if engine.link is not None:
-        captured, norms = engine.link.perturbed_rows(captured)
+    if engine.row_step is not None:
+        captured, norms = engine.row_step.perturbed_rows(captured)
     found = take_perturbed(
         engine,
         roles,

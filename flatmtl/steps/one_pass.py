@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from flatmtl.families import Found
@@ -21,21 +22,24 @@ if TYPE_CHECKING:
 def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     """Weights from every micro-batch's losses, and its one backward pass."""
     gram = None
+    link = engine.one_row_step
     for roles, losses in engine.clean_passes(passes):
-        seen = engine.observed(losses.detached, roles)
-        weights = engine.solves.of_losses("loss", seen)
-        engine.watch_losses()
         if not isinstance(engine.capture, WeightedBackward):
-            engine.capture = WeightedBackward(roles, weights, scale, together=True)
+            none = torch.empty(0, dtype=torch.float64)  # they come with the losses
+            engine.capture = WeightedBackward(roles, none, scale, together=True)
         backward = engine.capture
-        backward.weights = weights
 
         def settle(
             roles: Roles = roles, losses: TaskLosses = losses, so_far: WeightedBackward = backward
         ) -> Tensor | None:
-            follow(roles, losses, [(so_far, _update)])
+            follow(roles, losses, [(so_far, _update)], link)
             return _update(roles)
 
+        if link is not None and link.asks is not None:
+            settle()
+        seen = engine.seen_by_all(losses, roles, backward)
+        backward.weights = engine.solves.of_losses("loss", seen)
+        engine.watch_losses()
         # What the tasks reach is asked of the graph once; later only a gradient that arrives where none
         # was known tells of more: one pass weighs them right whatever the roles.
         if not roles.knows(losses.present):
@@ -56,6 +60,9 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
         engine.lost.update(lost)
     known = engine.roles
     assert known is not None
+    if link is not None:
+        assert isinstance(engine.capture, WeightedBackward)
+        link.reduce(engine.capture, [_update(known)])
     engine.learn_from_all(known)
     assert isinstance(engine.capture, WeightedBackward)
     roles, backward = known, engine.capture

@@ -19,7 +19,7 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
     sharpness = engine.options.sharpness
     assert isinstance(sharpness, SAM)
     roles, captured = engine.captured(passes, scale)
-    link = engine.link
+    link = engine.row_step
     finite = engine.finite_tasks(roles, captured.shared_sq, captured.own_sq)
     if link is None or not link.local:
         engine.check_finite(roles, finite, scale)

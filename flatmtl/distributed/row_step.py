@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from flatmtl.distributed.agree import gather_failure
 from flatmtl.distributed.capture import RankedCapture, squares
+from flatmtl.distributed.counts import Samples, counts_of
 from flatmtl.distributed.exchange import Arrived, Exchange
+from flatmtl.distributed.losses import average
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.jacobian import Captured
-from flatmtl.losses import TaskName
 from flatmtl.roles import Roles
-from flatmtl.sharpness import check_radius
-
-Samples: TypeAlias = float | Sequence[float] | Mapping[str, float] | None
 
 
 class RowStep:
@@ -26,12 +23,14 @@ class RowStep:
         ranks: the ranks.
         roles: as they are known before the step; None at the first one.
         samples: how many samples this rank's losses are means of; None: each rank counts alike.
+        losses: gives this rank's losses, where their means over all ranks are wanted too.
         perturbed: whether rows at perturbed parameters follow.
         local: the perturbations are those of this rank's own rows, which are sent after them.
 
     Attributes:
         local: the same.
         capture: takes this rank's gradients.
+        averaged: the losses over all ranks, once the last rows have come.
     """
 
     def __init__(
@@ -39,17 +38,19 @@ class RowStep:
         ranks: Ranks,
         roles: Roles | None,
         samples: Samples,
+        losses: Callable[[], Sequence[Tensor | None]] | None,
         *,
         perturbed: bool,
         local: bool,
     ) -> None:
         self._ranks = ranks
-        self._samples = samples
+        self._samples, self._losses = samples, losses
         self._perturbed, self.local = perturbed, perturbed and local
         self._known = ranks.agreed and roles is not None and roles.complete
         self._exchange: Exchange | None = None
         self._over = False
         self.capture: RankedCapture | None = None
+        self.averaged: list[Tensor | None] = []
         if self._known:
             assert roles is not None
             self._open(roles)
@@ -89,7 +90,8 @@ class RowStep:
         assert self._exchange is not None
         capture.send_all(self._exchange)
         found = capture.averaged(self._arrive("jac"))
-        self._over = not self._perturbed
+        if not self._perturbed:
+            self._end()
         return found
 
     def moved(self, task: int) -> None:
@@ -116,12 +118,19 @@ class RowStep:
         if self.local:
             captured = capture.averaged(self._arrive("jac"))
         self._arrive("sam")
-        self._over = True
+        self._end()
         shared, own = squares(capture.roles, "sam", captured.present)
         norms = {task: [shared[task]] for task in captured.present}
         for task, sq in own.items():
             norms[task].append(sq)
         return captured, norms
+
+    def _end(self) -> None:
+        self._over = True
+        capture = self.capture
+        if self._losses is not None and capture is not None:
+            device, counts = capture.roles.params[0].device, capture.all_counts()
+            self.averaged = average(self._ranks, self._losses(), counts, device).entries()
 
     def _arrive(self, name: str) -> Arrived:
         assert self._exchange is not None
@@ -140,26 +149,3 @@ class RowStep:
             gather_failure(self._ranks, failure)
         else:
             self._exchange.abandon(failure)
-
-
-def counts_of(samples: Samples, tasks: Sequence[TaskName]) -> dict[int, float]:
-    """Task -> how many samples its loss is a mean of on this rank; {} where that was not said.
-
-    Raises:
-        TypeError, ValueError: they are no such numbers, one for each task.
-    """
-    if samples is None:
-        return {}
-    if isinstance(samples, Mapping):
-        if set(samples) != set(tasks):
-            raise ValueError(f"samples must have the tasks {list(tasks)}, got {list(samples)}")
-        numbers = [samples[name] for name in tasks]  # type: ignore[index]
-    elif isinstance(samples, Sequence) and not isinstance(samples, str):
-        numbers = list(samples)
-        if len(numbers) != len(tasks):
-            raise ValueError(
-                f"samples must have one entry for each of {len(tasks)} tasks, got {len(numbers)}"
-            )
-    else:
-        numbers = [samples] * len(tasks)
-    return {task: check_radius("samples", number) for task, number in enumerate(numbers)}

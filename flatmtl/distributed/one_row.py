@@ -1,0 +1,168 @@
+"""A step with one row for all tasks: what the ranks tell each other before and after its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatmtl import ops
+from flatmtl.distributed.agree import NOBODY, gather_failure
+from flatmtl.distributed.counts import Samples, counts_of
+from flatmtl.distributed.losses import Averaged, average
+from flatmtl.distributed.ranks import Ranks
+from flatmtl.losses import TaskLosses
+from flatmtl.roles import Roles
+from flatmtl.weighted import WeightedBackward
+
+
+class OneRowStep:
+    """A step whose backward pass is of a weighted loss.
+
+    Before it, a small message of losses and counts tells every rank the part that its own losses have in
+    the means; after it, one message carries the row.
+
+    Args:
+        ranks: the ranks.
+        roles: as they are known before the step; None at the first one.
+        samples: how many samples this rank's losses are means of; None: each rank counts alike.
+        batches: how many micro-batches the step has.
+        rows: how many rows of the shared parameters each message holds; two messages with a pass at
+            perturbed parameters.
+
+    Attributes:
+        counts: what each task's loss counts for on this rank.
+        shares: of each micro-batch, float64 [T]: the part that this rank's losses have in the means.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        roles: Roles | None,
+        samples: Samples,
+        batches: int,
+        rows: Sequence[int],
+    ) -> None:
+        self._ranks, self._roles, self._samples = ranks, roles, samples
+        self._left, self._rows = batches, list(rows)
+        self._counts: list[Tensor] = []
+        self._told = False  # the ranks know each other's tasks of this micro-batch
+        self.shares: list[Tensor] = []
+        self.counts: list[float] = []
+        self._over = False
+
+    @property
+    def asks(self) -> Ranks | None:
+        """The ranks, where they must tell each other what their tasks reach."""
+        return None if self._known else self._ranks
+
+    @property
+    def _known(self) -> bool:
+        return self._ranks.agreed and self._roles is not None and self._roles.complete
+
+    def agreed(self, roles: Roles) -> None:
+        """The ranks have told each other what their tasks reach, in this micro-batch."""
+        self._roles, self._told = roles, True
+
+    def average(self, roles: Roles, losses: TaskLosses) -> Averaged:
+        """The losses of a micro-batch over all ranks.
+
+        Raises:
+            RankFailedError: a rank has failed.
+        """
+        counts = counts_of(self._samples, roles.tasks)
+        self.counts = [counts.get(task, 1.0) for task in range(len(roles.tasks))]
+        self._left -= 1
+        found = average(self._ranks, losses.detached, self.counts, roles.params[0].device)
+        self._told = False
+        self._counts.append(found.counts)
+        self.shares.append(found.shares)
+        return found
+
+    def reduce(
+        self, backward: WeightedBackward, rows: Sequence[Tensor | None], *, perturbed: bool = False
+    ) -> None:
+        """Rows <- their sums over the ranks, the tasks' own ones with them.
+
+        Args:
+            backward: has left its gradients in the first of the rows and in the own blocks; what it knows
+                of them becomes what all ranks know.
+            rows: [P] each, of the shared parameters; None where nothing is shared.
+            perturbed: the own gradients are in the blocks' ``sam`` rows.
+
+        Raises:
+            RankFailedError: a rank has failed.
+            ValueError: no rank has a loss.
+        """
+        roles = backward.roles
+        own = {t: (b.sam if perturbed else b.jac)[0] for t, b in sorted(roles.own.items())}
+        shared = [row for row in rows if row is not None]
+        if not backward.present:
+            for row in shared:
+                row.zero_()
+        for task, row in own.items():
+            if task not in backward.own_sq:
+                row.zero_()
+        self._add_up([*shared, *own.values()])
+        present = self._present(roles)
+        if shared:
+            backward.shared_sq = ops.row_norms(shared[0].unsqueeze(0))[0].square()
+        backward.own_sq = {
+            task: ops.row_norms(row.unsqueeze(0))[0].square()
+            for task, row in own.items()
+            if task in present
+        }
+        backward.present, backward.reached = present, roles.reached_by(present)
+
+    def _add_up(self, rows: Sequence[Tensor], *, failed: bool = False) -> None:
+        flag = torch.full_like(rows[0][:1], float(failed))
+        dtype = self._dtype
+        message = torch.cat([row.to(dtype) for row in (*rows, flag)])
+        self._rows.pop(0)
+        self._over = not self._rows
+        self._ranks.total(message)
+        if message.device.type == "cpu" and not failed and message[-1] > 0:
+            self._over = True
+            raise self._ranks.told()
+        for row, part in zip(rows, message.split([*(r.numel() for r in rows), 1]), strict=False):
+            row.copy_(part)
+
+    def _present(self, roles: Roles) -> set[int]:
+        counts = torch.stack(self._counts).sum(0)
+        if counts.device.type != "cpu":
+            return set(range(len(roles.tasks)))
+        present = {task for task, n in enumerate(counts.tolist()) if n > 0}
+        if not present:
+            raise ValueError(NOBODY)
+        return present
+
+    def fail(self, failure: Exception) -> None:
+        """This rank cannot go on: the others learn of it where they wait."""
+        if self._over or self._ranks.broken:
+            return
+        self._over = True
+        roles = self._roles
+        if self._left and not (self._known or self._told):
+            gather_failure(self._ranks, failure)
+            return
+        assert roles is not None
+        self._ranks.tell(failure)
+        device, tasks = roles.params[0].device, len(roles.tasks)
+        reading = device.type == "cpu"
+        for _ in range(self._left):
+            average(self._ranks, [None] * tasks, [0.0] * tasks, device, failed=True)
+            if reading:
+                return
+        own = sum(block.size for block in roles.own.values())
+        size = 0 if roles.shared is None else roles.shared.size
+        for count in list(self._rows):
+            zeros = torch.zeros(count * size + own, dtype=self._dtype, device=device)
+            self._add_up([zeros], failed=True)
+            if reading:
+                return
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        assert self._roles is not None
+        return self._roles.params[0].dtype
