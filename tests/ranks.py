@@ -22,6 +22,7 @@ import signal
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -287,25 +288,42 @@ def counted(group: dist.ProcessGroup | None = None) -> Iterator[list[tuple[str, 
 
     It sees the dispatched ops: calls of torch.distributed, of its objects' collectives (several
     ops each), of the reducer and the buffers of DDP, of FSDP, in a forward and in a backward on
-    the CPU. It sees none of another thread (the callbacks of futures, as PowerSGD's hook has them;
-    a thread of the test's own), none of a Backend called by itself, and nothing of the store (what
-    init_process_group and new_group exchange).
+    the CPU. It cannot see those of another thread (the callbacks of futures, as PowerSGD's hook
+    has them), nor of a Backend called by itself: gloo's own count tells that some are missing.
+    What goes through the store (init_process_group, new_group) is no collective.
 
     Yields:
         (name, bytes) of each, the name that of the function of torch.distributed. The bytes are
         what this rank hands in: its own part for a gather, the whole input for a reduce_scatter
         and an all_to_all, the buffer for an all_reduce, a broadcast, a send or a recv, nothing for
         a barrier and for a scatter from elsewhere.
+
+    Raises:
+        RuntimeError: gloo counts other collectives than these. Its monitored_barrier counts as
+            several.
     """
+    before = _issued(group)
     record = _Record(group)
     with record:
         yield record.calls
+    for name, issued in _issued(group).items():
+        issued -= before.get(name, 0)
+        if issued != record.seen[name]:
+            raise RuntimeError(f"saw {record.seen[name]} of {issued} collectives of group {name}")
+
+
+def _issued(group: dist.ProcessGroup | None) -> dict[str, int]:
+    """How many collectives this rank has issued, by group."""
+    groups = dist.distributed_c10d._world.pg_map if group is None else [group]
+    numbers = [each._get_sequence_number_for_group() for each in groups]  # type: ignore[attr-defined]
+    return {each.group_name: number for each, number in zip(groups, numbers)}
 
 
 class _Record(TorchDispatchMode):
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[str, int]] = []
+        self.seen: Counter[str] = Counter()  # by group
         self._group = group
 
     def __torch_dispatch__(
@@ -320,11 +338,11 @@ class _Record(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             given = {**dict(zip(names, args)), **kwargs}
             group = given.get("process_group", given.get("group_name"))
-            # an op without a group (wait_tensor) sends nothing
-            if group is not None and (
-                self._group is None or _name(group) == self._group.group_name
-            ):
-                self.calls.append(_call(func.overloadpacket.__name__, given))
+            if group is not None:  # without one (wait_tensor) nothing is sent
+                name = _name(group)
+                self.seen[name] += 1
+                if self._group is None or name == self._group.group_name:
+                    self.calls.append(_call(func.overloadpacket.__name__, given))
         return func(*args, **kwargs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import time
 import warnings
 from collections import Counter
@@ -254,6 +255,21 @@ def of_two_groups(rank: int) -> tuple[Calls, Calls, Calls]:
 def test_the_calls_of_one_group(ranks):
     two, three = ("all_reduce", 2 * FLOAT), ("all_reduce", 3 * FLOAT)
     assert ranks(2).run(of_two_groups) == [([two, three], [two], [three])] * 2
+
+
+def of_another_thread(rank: int, seen: int) -> None:
+    with counted():
+        for _ in range(seen):
+            dist.all_reduce(torch.ones(2))
+        thread = threading.Thread(target=dist.all_reduce, args=(torch.ones(2),))
+        thread.start()
+        thread.join()
+
+
+def test_a_call_that_is_not_seen_is_noticed(ranks):
+    for seen in (0, 2):
+        with pytest.raises(RankError, match=f"RuntimeError: saw {seen} of {seen + 1} collectives"):
+            ranks(2).run(of_another_thread, seen)
 
 
 def of_functional(rank: int, size: int) -> tuple[Calls, Calls]:
