@@ -23,6 +23,8 @@ torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import oracles` from every test
 
+from ranks import ranks  # noqa: E402, F401  one pool of each size for all test modules
+
 SEED = int(os.environ.get("FLATMTL_TEST_SEED") or 0) or int.from_bytes(os.urandom(4), "little")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BODIES = ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
