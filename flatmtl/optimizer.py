@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from flatmtl import amp
 from flatmtl.columns import Per, check_per, groups_of
 from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.ranks import ProcessGroup, find_ranks
+from flatmtl.distributed.shards import is_sharded
 from flatmtl.engine import Engine, Options
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, read_jacobian
@@ -578,7 +578,7 @@ def _check_ranks(sharpness: Sharpness | Strategy | None, how: object, base: Opti
         what = f"jacobian={how!r}"
     if what is not None:
         raise NotImplementedError(f"process_group must be None (one process) with {what}")
-    if any(isinstance(p, DTensor) for group in base.param_groups for p in group["params"]):
+    if any(is_sharded(p) for group in base.param_groups for p in group["params"]):
         raise NotImplementedError("params must be no DTensors")
 
 
