@@ -58,6 +58,7 @@ class Block:
         exempt: int = 0,
         both: bool = False,
         ends: bool = False,
+        pieces: int = 1,
     ) -> None:
         """Lays the parameters out.
 
@@ -69,6 +70,7 @@ class Block:
             exempt: how many of the last parameters the adaptive scaling leaves out.
             both: ``jac`` and ``sam`` are the halves of one matrix, ``both``.
             ends: ``update`` and ``kept`` are the rows of one matrix, ``ends``.
+            pieces: a row can be cut into so many of one length, each of whole cache lines.
         """
         first = params[0]
         if first.dtype not in ROW_TYPES:
@@ -96,13 +98,13 @@ class Block:
         for param in params:
             self.offsets.append(size)
             size += -(-param.numel() // step) * step
-        self.size = size
+        self.size = -(-size // (step * pieces)) * step * pieces
         #: of every parameter its id, where it begins in a row and its length
         self.layout = tuple(
             (id(p), start, p.numel()) for p, start in zip(params, self.offsets, strict=True)
         )
         self._scaled = len(params) - exempt  # the first so many take part in the adaptive scaling
-        self._cut = self.offsets[self._scaled] if exempt else size
+        self._cut = self.offsets[self._scaled] if exempt else self.size
         self._like = first.detach()
         self._rows, self._both, self._ends = rows, both, ends
         self.has_flat = False
@@ -177,6 +179,15 @@ class Block:
             for t, dims in zip(tensors, self._dims, strict=True)
         ]
 
+    def _as_laid(self, grad: Tensor, k: int) -> Tensor:
+        """A gradient of the k-th parameter, its elements in the order of the row."""
+        dims = self._dims[k]
+        return (grad if dims is None else grad.permute(dims)).contiguous()
+
+    def flat(self, grad: Tensor, k: int) -> Tensor:
+        """The k-th parameter's stretch of a row, [numel], from a gradient."""
+        return self._as_laid(grad, k).view(-1)
+
     def pack(
         self, row: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool = False
     ) -> Tensor:
@@ -184,9 +195,9 @@ class Block:
         present = [k for k, g in enumerate(grads) if g is not None]
         flat = []
         for k in present:
-            grad, dims = grads[k], self._dims[k]
+            grad = grads[k]
             assert grad is not None
-            flat.append((grad if dims is None else grad.permute(dims)).contiguous())
+            flat.append(self._as_laid(grad, k))
         offsets = [self.offsets[k] for k in present]
         sq_norm: Tensor = _ops.pack_row_.default(row, flat, offsets, accumulate)
         return sq_norm

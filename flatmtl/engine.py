@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flatmtl import ops
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
@@ -23,6 +22,7 @@ from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks
 from flatmtl.distributed.row_step import RowStep
+from flatmtl.distributed.sharded_step import Second, ShardedStep
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
@@ -72,6 +72,7 @@ class Options:
     strategy: Strategy | None = None
     ranks: Ranks | None = None
     sync_perturbation: bool = True
+    shard_rows: bool = False
 
 
 class Engine:
@@ -311,8 +312,12 @@ class Engine:
             return OneRowStep(ranks, self.roles, samples, batches, rows)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
-        looks = self._looks_at_losses
-        losses = (lambda: self._losses) if looks else None
+        losses = (lambda: self._losses) if self._looks_at_losses else None
+        if options.shard_rows:
+            second: Second = "sam" if _aggregates(options.sharpness, "direct") else "flat"
+            return ShardedStep(
+                ranks, self.roles, samples, losses, perturbed=perturbed, second=second
+            )
         return RowStep(ranks, self.roles, samples, losses, perturbed=perturbed, local=local)
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -535,13 +540,15 @@ class Engine:
         self.roles = load_roles(save_roles(roles, params), params, self._make_roles)
 
     def _make_roles(self, params: Sequence[Tensor], tasks: list[Any]) -> Roles:
-        options = self.options
+        options, ranks = self.options, self.options.ranks
+        part = None if ranks is None or not options.shard_rows else (ranks.size, ranks.rank)
         layout = Layout(
             row_dtype=options.row_dtype,
             exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
             both=_aggregates(options.sharpness, "each"),
             ends=_aggregates(options.sharpness, "second"),
             joined=options.ranks is not None,
+            part=part,
         )
         return Roles(params, tasks, self._named, self.label, layout)
 
@@ -628,7 +635,9 @@ class Engine:
             seen = self.observed(self._all_losses(), self.roles)
         if self._groups is not None and self.roles.shared is not None:
             columns = self._columns_of(self.roles.shared)
-        return Families(self.solves, scale, full=full, seen=seen, columns=columns)
+        step = self.row_step
+        known = step.grams if isinstance(step, ShardedStep) else None
+        return Families(self.solves, scale, full=full, seen=seen, columns=columns, known=known)
 
     def _all_losses(self) -> list[Tensor | None]:
         """The step's losses, over all processes."""
@@ -714,10 +723,15 @@ class Engine:
         """float64 [T], what the gradients of the tasks' own parameters are multiplied by; None: by 1."""
         return self.solves.weightings["loss"]._own_weights(found.weights)
 
-    def own_update(self, task: int, row: Tensor, weights: Tensor | None) -> None:
-        """The update of a task's own parameters <- ``row`` [P], times the task's entry of ``weights`` [T]."""
+    def own_update(
+        self, task: int, row: Tensor, weights: Tensor | None, *, part: bool = False
+    ) -> None:
+        """The update of a task's own parameters <- ``row`` [P], times the task's entry of ``weights`` [T].
+
+        ``part``: the row is that which is kept here, where each process keeps a part.
+        """
         assert self.roles is not None
-        update = self.roles.own[task].update
+        update = (self.roles.own_rows(task) if part else self.roles.own[task]).update
         update.copy_(row)
         if weights is not None:
             update.mul_(weights[task].to(update))
@@ -844,7 +858,8 @@ class Engine:
             return
         gram = found.gram
         if not found.clean:
-            gram = self.families(scale).unscaled(ops.gram(roles.shared.jac))
+            assert roles.rows is not None
+            gram = self.families(scale).gram(roles.rows.jac, "jac")
         for meter in meters:
             meter.at_gram(gram)
 

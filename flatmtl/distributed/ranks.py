@@ -66,6 +66,21 @@ class Ranks:
             work: dist.Work = dist.all_reduce(tensor, group=self.group, async_op=True)
         return work
 
+    def scatter(self, part: Tensor, whole: Tensor) -> dist.Work:
+        """``part`` [c] <- this rank's of the n equal parts of the sum of ``whole`` [n c] over the ranks."""
+        with self._talking():
+            work: dist.Work = dist.reduce_scatter_tensor(
+                part, whole, group=self.group, async_op=True
+            )
+        return work
+
+    def join(self, part: Tensor) -> Tensor:
+        """[n c]: every rank's ``part`` [c], by rank."""
+        whole = part.new_empty(self.size * part.numel())
+        with self._talking():
+            dist.all_gather_into_tensor(whole, part, group=self.group)
+        return whole
+
     def wait(self, works: Sequence[dist.Work]) -> None:
         """Until all have arrived: on CUDA it is the stream that waits."""
         with self._talking():

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from flatmtl.block import Block
 from flatmtl.buffers import watch_for_running_statistics
+from flatmtl.distributed.sharded_step import ShardedStep
 from flatmtl.families import Found
-from flatmtl.jacobian import capture_perturbed
+from flatmtl.jacobian import pack_perturbed, perturbed_gradients
 from flatmtl.losses import added_loss
 from flatmtl.passes import Passes
 from flatmtl.roles import Roles
@@ -26,7 +27,7 @@ def perturb(
     roles: Roles,
     shared: Tensor | None,
     shared_sq: Tensor,
-    own: Sequence[tuple[int, Tensor]],
+    own: Sequence[tuple[int, Tensor, Tensor]],
     radii: Radii,
 ) -> None:
     """Moves the shared parameters along a row [P], and own ones along their gradients.
@@ -36,7 +37,7 @@ def perturb(
         roles: the roles.
         shared: the row; None if nothing is shared.
         shared_sq: its squared norm.
-        own: tasks, and the squared norms of their own gradients.
+        own: tasks, their own gradients as rows, and the squared norms of these.
         radii: the radii.
     """
     sharpness = engine.options.sharpness
@@ -46,17 +47,17 @@ def perturb(
     if roles.shared is not None and shared is not None:
         rho = [radii.shared[id(p)] for p in roles.shared.params]
         moved.append((roles.shared, shared, shared_sq, rho))
-    for task, sq in own:
+    for task, row, sq in own:
         block = roles.own[task]
-        moved.append((block, block.jac[0], sq, [radii.own[id(p)] for p in block.params]))
+        moved.append((block, row, sq, [radii.own[id(p)] for p in block.params]))
     if sharpness.adaptive:
-        moved = [(b, row, b.adaptive_sq_norm(row, eta), rho) for b, row, _, rho in moved]
+        moved = [(b, r, b.adaptive_sq_norm(r, eta), rho) for b, r, _, rho in moved]
     if isinstance(sharpness, SAM) and sharpness.joint_norm:
         first = moved[0][0].device
         total = torch.stack([sq.to(first) for _, _, sq, _ in moved]).sum()
-        moved = [(b, row, total.to(b.device), rho) for b, row, _, rho in moved]
-    for block, row, sq, rho in moved:
-        block.perturb(row, sq, rho, adaptive=sharpness.adaptive, eta=eta)
+        moved = [(b, r, total.to(b.device), rho) for b, r, _, rho in moved]
+    for block, along, sq, rho in moved:
+        block.perturb(along, sq, rho, adaptive=sharpness.adaptive, eta=eta)
 
 
 def away(engine: Engine, passes: Passes, roles: Roles, run: Callable[[], None]) -> None:
@@ -109,9 +110,11 @@ def perturbed_passes(
 
     def take(task: int) -> None:
         for losses, position in passes.again(roles.tasks, task, query=query):
-            norms[task] = capture_perturbed(
-                losses, task, position, roles, scale, accumulate=task in norms
-            )
+            shared, own = perturbed_gradients(losses, task, position, roles, scale)
+            if isinstance(link, ShardedStep):
+                link.hold(task, shared, own)
+            else:
+                norms[task] = pack_perturbed(roles, task, shared, own, accumulate=task in norms)
             after[task] = added_loss(after[task], losses.detached[position])
             losses.outputs.clear()
         if task in roles.own:
@@ -123,9 +126,11 @@ def perturbed_passes(
 
     def run() -> None:
         for task in range(len(roles.tasks)):
+            if link is not None:
+                link.moving(task)
             if task in present:
                 move(task)
-            elif roles.shared is not None:
+            elif link is None and roles.shared is not None:
                 roles.shared.sam[task].zero_()
             if link is not None:
                 link.moved(task)
