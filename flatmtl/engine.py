@@ -18,11 +18,13 @@ from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
 from flatmtl.distributed.agree import check_same, facts_of, gather_or_raise
 from flatmtl.distributed.counts import Samples
+from flatmtl.distributed.fsdp_step import FSDPOneRowStep, FSDPStep
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.sharded_step import Second, ShardedStep
+from flatmtl.distributed.shards import as_grad, local_of
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
@@ -287,6 +289,9 @@ class Engine:
         except RankFailedError:
             raise
         except Exception as failure:
+            found = ranks.why() if ranks.copies else None
+            if found is not None:
+                raise found from failure
             link.fail(failure)
             raise
         finally:
@@ -304,20 +309,23 @@ class Engine:
         """What the ranks are going to send each other at the next step."""
         options = self.options
         apart, reuse = self._kind(self._radii(groups))
-        if options.strategy is None and (
+        known = self.roles is not None and self.roles.complete
+        one = options.strategy is None and (
             reuse or (apart and self.solves.weightings["loss"].one_pass)
-        ):
+        )
+        if one and ranks.copies and known:
+            return FSDPOneRowStep(ranks, self.roles, samples, batches, [1])
+        if one and not ranks.copies:
             decomposed = _aggregates(options.sharpness, "decomposed")
             rows = [1] if apart else [1 + decomposed, 1]
             return OneRowStep(ranks, self.roles, samples, batches, rows)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
         losses = (lambda: self._losses) if self._looks_at_losses else None
-        if options.shard_rows:
-            second: Second = "sam" if _aggregates(options.sharpness, "direct") else "flat"
-            return ShardedStep(
-                ranks, self.roles, samples, losses, perturbed=perturbed, second=second
-            )
+        second: Second = "sam" if _aggregates(options.sharpness, "direct") else "flat"
+        if ranks.copies or options.shard_rows:
+            kind = FSDPStep if ranks.copies else ShardedStep
+            return kind(ranks, self.roles, samples, losses, perturbed=perturbed, second=second)
         return RowStep(ranks, self.roles, samples, losses, perturbed=perturbed, local=local)
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -470,7 +478,7 @@ class Engine:
             maml(self, strategy, passes, scale)
         elif isinstance(strategy, CoopFlat):
             coop(self, strategy, passes, scale)
-        elif apart and self.solves.weightings["loss"].one_pass:
+        elif apart and self.solves.weightings["loss"].one_pass and self.row_step is None:
             one_pass(self, passes, scale)
         elif apart and reuse:
             weighted(self, passes, scale)
@@ -547,8 +555,10 @@ class Engine:
             exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
             both=_aggregates(options.sharpness, "each"),
             ends=_aggregates(options.sharpness, "second"),
-            joined=options.ranks is not None,
+            joined=ranks is not None and not ranks.copies,
             part=part,
+            local=local_of if ranks is not None and ranks.copies else None,
+            moved=ranks.forget_gathered if ranks is not None and ranks.copies else None,
         )
         return Roles(params, tasks, self._named, self.label, layout)
 
@@ -636,7 +646,7 @@ class Engine:
         if self._groups is not None and self.roles.shared is not None:
             columns = self._columns_of(self.roles.shared)
         step = self.row_step
-        known = step.grams if isinstance(step, ShardedStep) else None
+        known = None if step is None else step.grams
         return Families(self.solves, scale, full=full, seen=seen, columns=columns, known=known)
 
     def _all_losses(self) -> list[Tensor | None]:
@@ -777,7 +787,7 @@ class Engine:
             for k, view in zip(index, block.views(block.update), strict=True):
                 if k in reached:
                     # A tensor of its own: p.grad.data = ... (as Module.to does) leaves the view alone.
-                    view = view.detach()
+                    view = as_grad(view.detach(), roles.params[k])
                     roles.params[k].grad = view
                     self._written.append((roles.params[k], view, view._version))
         self._write_learned()

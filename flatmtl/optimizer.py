@@ -14,7 +14,6 @@ from flatmtl import amp
 from flatmtl.columns import Per, check_per, groups_of
 from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.ranks import ProcessGroup, find_ranks
-from flatmtl.distributed.shards import is_sharded
 from flatmtl.engine import Engine, Options
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, read_jacobian
@@ -166,7 +165,8 @@ class MultiTaskOptimizer(Optimizer):
             raise TypeError(f"replay_rng must be True or False, got {replay_rng!r}")
         check_flag("sync_perturbation", sync_perturbation)
         check_flag("shard_rows", shard_rows)
-        ranks = find_ranks(process_group, model)
+        params = [p for group in base_optimizer.param_groups for p in group["params"]]
+        ranks = find_ranks(process_group, model, params)
         how = read_jacobian(jacobian)
         if sharpness is not None and isinstance(how, Representation):
             raise ValueError(
@@ -196,9 +196,14 @@ class MultiTaskOptimizer(Optimizer):
                 row_dtype=row_dtype,
             )
         if ranks is not None:
-            _check_ranks(sharpness, how, base_optimizer)
-        if shard_rows:
-            _check_parts(weighting, sharpness, weights_per, sync_perturbation)
+            _check_ranks(sharpness, how)
+            if ranks.copies:
+                _check_shards(sharpness, how, weights_every)
+        if shard_rows or (ranks is not None and ranks.copies):
+            what = (
+                "shard_rows must be False" if shard_rows else "params must not be sharded (FSDP2)"
+            )
+            _check_parts(what, weighting, sharpness, weights_per, sync_perturbation)
         _check_method(weighting, sharpness or strategy, how, weights_every, weights_per)
         # The hooks' registries only: param_groups, state and defaults are the base optimizer's.
         super().__init__([torch.empty(0)], {})
@@ -579,7 +584,7 @@ class MultiTaskOptimizer(Optimizer):
         return {"finite": finite, **engine.solves.statuses}
 
 
-def _check_ranks(sharpness: Sharpness | Strategy | None, how: object, base: Optimizer) -> None:
+def _check_ranks(sharpness: Sharpness | Strategy | None, how: object) -> None:
     """Raises NotImplementedError for what several processes do not know yet."""
     what = None
     if isinstance(sharpness, (SAMO, CoopFlat)) or (
@@ -590,12 +595,23 @@ def _check_ranks(sharpness: Sharpness | Strategy | None, how: object, base: Opti
         what = f"jacobian={how!r}"
     if what is not None:
         raise NotImplementedError(f"process_group must be None (one process) with {what}")
-    if any(is_sharded(p) for group in base.param_groups for p in group["params"]):
-        raise NotImplementedError("params must be no DTensors")
+
+
+def _check_shards(sharpness: Sharpness | Strategy | None, how: object, every: int) -> None:
+    """Raises NotImplementedError for what parameters that FSDP2 shards do not allow yet."""
+    why = None
+    if isinstance(sharpness, SAM) and sharpness.adaptive:
+        why = "SAM(adaptive=True)"
+    elif how != "sequential":
+        why = f"jacobian={how!r}"
+    elif every > 1:
+        why = f"weights_every={every}"
+    if why is not None:
+        raise NotImplementedError(f"params must not be sharded (FSDP2) with {why}")
 
 
 def _check_parts(
-    weighting: Weighting, sharpness: Sharpness | Strategy | None, per: object, sync: bool
+    what: str, weighting: Weighting, sharpness: Sharpness | Strategy | None, per: object, sync: bool
 ) -> None:
     """Raises ValueError where a part of each row is not enough for the other arguments."""
     why = None
@@ -612,7 +628,7 @@ def _check_parts(
     elif not sync:
         why = "sync_perturbation=False, which perturbs along a rank's own rows"
     if why is not None:
-        raise ValueError(f"shard_rows must be False with {why}")
+        raise ValueError(f"{what} with {why}")
 
 
 def _check_method(

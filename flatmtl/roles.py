@@ -56,6 +56,8 @@ class Layout:
         ends: its ``update`` and ``kept`` are one matrix.
         joined: a task's shared and own rows lie side by side, as one message to other processes.
         part: how many processes keep a part of each row, and which of them this is; None: all is here.
+        local: gives what this process holds of a parameter; None: all of it.
+        moved: called when parameters have been written.
     """
 
     row_dtype: torch.dtype | None = None
@@ -64,6 +66,8 @@ class Layout:
     ends: bool = False
     joined: bool = False
     part: tuple[int, int] | None = None
+    local: Callable[[Tensor], Tensor] | None = None
+    moved: Callable[[], None] | None = None
 
 
 class Roles:
@@ -295,6 +299,8 @@ class Roles:
             both=both,
             ends=ends,
             pieces=1 if self._layout.part is None else self._layout.part[0],
+            local=self._layout.local,
+            moved=self._layout.moved,
         )
 
     def _row_dtype(self, param: Tensor) -> torch.dtype | None:

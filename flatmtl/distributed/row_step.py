@@ -33,6 +33,7 @@ class RowStep:
         local: the same.
         capture: takes this rank's gradients.
         averaged: the losses over all ranks, once the last rows have come.
+        grams: Gram matrices of whole rows, float64 [T, T], where this rank has a part of each.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RowStep:
         self._over = False
         self.capture: RankedCapture | None = None
         self.averaged: list[Tensor | None] = []
+        self.grams: dict[str, Tensor] = {}
         if self._known:
             assert roles is not None
             self._open(roles)

@@ -97,7 +97,7 @@ class ShardedStep(RowStep):
             there ("sam").
 
     Attributes:
-        grams: "jac" and, with perturbed rows, ``second`` -> float64 [T, T], of whole rows.
+        grams: of "jac" and, with perturbed rows, of ``second``.
         whole: the shared row [P] and the own one of the task that is perturbed.
     """
 
@@ -112,7 +112,6 @@ class ShardedStep(RowStep):
         second: Second,
     ) -> None:
         self._second = second
-        self.grams: dict[str, Tensor] = {}
         self.whole: tuple[Tensor | None, Tensor | None] = (None, None)
         super().__init__(ranks, roles, samples, losses, perturbed=perturbed, local=False)
 

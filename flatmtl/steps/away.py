@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flatmtl.block import Block
 from flatmtl.buffers import watch_for_running_statistics
+from flatmtl.distributed.fsdp_step import FSDPStep
 from flatmtl.distributed.sharded_step import ShardedStep
 from flatmtl.families import Found
 from flatmtl.jacobian import pack_perturbed, perturbed_gradients
@@ -94,7 +95,7 @@ def perturbed_passes(
         engine: the engine.
         passes: the forward passes.
         roles: the roles.
-        present: the tasks that have a loss on this rank.
+        present: the tasks that have a loss on this rank (with FSDP2: on some rank).
         move: perturbs the parameters for a task.
         scale: loss scale.
         query: the passes are of query data, where the closures have them.
@@ -109,6 +110,18 @@ def perturbed_passes(
     link = engine.row_step
 
     def take(task: int) -> None:
+        if isinstance(link, FSDPStep):
+            after[task] = link.take(passes, task, scale, query=query)
+        else:
+            take_rows(task)
+        if task in roles.own:
+            roles.own[task].restore()
+        if correct is not None:
+            if roles.shared is not None:
+                roles.shared.restore()
+            norms[task] = correct(task)
+
+    def take_rows(task: int) -> None:
         for losses, position in passes.again(roles.tasks, task, query=query):
             shared, own = perturbed_gradients(losses, task, position, roles, scale)
             if isinstance(link, ShardedStep):
@@ -117,12 +130,6 @@ def perturbed_passes(
                 norms[task] = pack_perturbed(roles, task, shared, own, accumulate=task in norms)
             after[task] = added_loss(after[task], losses.detached[position])
             losses.outputs.clear()
-        if task in roles.own:
-            roles.own[task].restore()
-        if correct is not None:
-            if roles.shared is not None:
-                roles.shared.restore()
-            norms[task] = correct(task)
 
     def run() -> None:
         for task in range(len(roles.tasks)):

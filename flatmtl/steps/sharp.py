@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from flatmtl.distributed.fsdp_step import FSDPStep
 from flatmtl.distributed.sharded_step import ShardedStep
 from flatmtl.passes import Passes
 from flatmtl.sharpness import SAM, Radii
@@ -34,7 +35,9 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
         own = [] if row is None else [(task, row, captured.own_sq[task])]
         perturb(engine, roles, shared, captured.shared_sq[task], own, radii)
 
-    after, norms = perturbed_passes(engine, passes, roles, captured.here, move, scale)
+    # FSDP2 has every rank take part in every task's passes
+    moving = captured.present if isinstance(link, FSDPStep) else captured.here
+    after, norms = perturbed_passes(engine, passes, roles, moving, move, scale)
     if link is not None:
         captured, norms = link.perturbed_rows(captured)
         finite = engine.finite_tasks(roles, captured.shared_sq, captured.own_sq)
