@@ -397,8 +397,13 @@ class MultiTaskOptimizer(Optimizer):
         self._check_group(group)
         default_radii(self._options.sharpness, group)
 
+    @property
+    def learned(self) -> list[Tensor]:
+        """What the weightings learn: parameters of the base optimizer that are none of the model's."""
+        return [p for weighting in self._weightings() for p in weighting.parameters()]
+
     def _all_params(self) -> list[Tensor]:
-        learned = {id(p) for w in self._weightings() for p in w.parameters()}
+        learned = set(map(id, self.learned))
         params = [p for group in self.param_groups for p in group["params"]]
         return [p for p in params if id(p) not in learned] if learned else params
 
