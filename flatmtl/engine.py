@@ -313,7 +313,15 @@ class Engine:
         local = perturbed and not options.sync_perturbation
         looks = self._looks_at_losses
         losses = (lambda: self._losses) if looks else None
-        return RowStep(ranks, self.roles, samples, losses, perturbed=perturbed, local=local)
+        return RowStep(
+            ranks,
+            self.roles,
+            samples,
+            losses,
+            perturbed=perturbed,
+            local=local,
+            tables=lambda tasks: [meter.columns(tasks) for meter in self._due()],
+        )
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What must be the same on all ranks."""
@@ -326,6 +334,7 @@ class Engine:
             "nonfinite": options.nonfinite,
             "sync_perturbation": options.sync_perturbation,
             "the number of steps made": self.steps,
+            "probes": [meter.facts() for meter in self.meters],
             "losses": None if self.roles is None else self.roles.tasks,
             "what the tasks reach": None if self.roles is None else self.roles.reach(),
         }
@@ -574,14 +583,16 @@ class Engine:
             if self.roles is not None and not self.roles.settled:
                 self.roles = None
             raise
-        self.measure(passes, roles, found, scale)
+        if link is None or not link.local:  # those would be this process's own rows
+            self.measure(passes, roles, found, scale)
         return roles, found
 
     def measure(self, passes: Passes, roles: Roles, found: Captured, scale: Tensor | None) -> None:
         """Hands the task gradients to the meters that measure at this step."""
         for meter in self._due():
             try:
-                meter.at_rows(roles, found, self._losses, scale, lambda: self._ahead(passes))
+                again = functools.partial(self._ahead, passes)
+                meter.at_rows(roles, found, self._losses, scale, again, self.row_step)
             finally:
                 passes.end()
 

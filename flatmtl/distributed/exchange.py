@@ -11,7 +11,9 @@ from torch import Tensor
 
 from flatmtl.distributed.messages import Messages
 from flatmtl.distributed.ranks import Ranks
+from flatmtl.distributed.tables import average_table
 
+LOSSES = "losses"  # a table of losses in a step's messages, in place of a family's name
 FAILED = -1  # the last of a tail's elements; those before hold what each rank's row counts for
 
 
@@ -37,8 +39,9 @@ class Exchange:
     Args:
         ranks: the ranks.
         messages: the buffers.
-        stages: what is going to be sent, the name of a family of rows and a task each; between two
-            stages, ranks that can read the device without a wait look for marks.
+        stages: what is going to be sent, the name of a family of rows and a task each, or ``LOSSES`` and
+            the columns of a table; between two stages, ranks that can read the device without a wait look
+            for marks.
     """
 
     def __init__(
@@ -50,11 +53,7 @@ class Exchange:
 
     def send(self, name: str, task: int, counts: float, *, failed: bool = False) -> None:
         """One message; its row counts so many times (0: there is none, and zeros are sent)."""
-        due = self._stages[0].pop(0)
-        if due != (name, task):
-            raise RuntimeError(
-                f"messages must go in one order on all ranks: {due} is due, not {name}"
-            )
+        self._take(name, task)
         messages, ranks = self._messages, self._ranks
         message, tail = messages.message(name, task), messages.tails(name)[task]
         if counts:
@@ -69,14 +68,40 @@ class Exchange:
             tail[FAILED].fill_(1)
         self._works.setdefault(name, []).append(ranks.add_up(message))
 
+    def _take(self, name: str, number: int) -> None:
+        due = self._stages[0].pop(0)
+        if due != (name, number):
+            raise RuntimeError(
+                f"messages must go in one order on all ranks: {due} is due, not {name}"
+            )
+
+    @property
+    def done(self) -> bool:
+        """Whether all has been sent."""
+        return not any(self._stages)
+
+    def average(
+        self, table: Tensor, counts: Sequence[float], *, failed: bool = False
+    ) -> Tensor:
+        """A table [T, n] of losses, averaged (``average_table``)."""
+        self._take(LOSSES, table.shape[1])
+        if not self._stages[0]:
+            self._stages.pop(0)
+        return average_table(self._ranks, table, counts, failed=failed)
+
     def abandon(self, failure: Exception) -> None:
         """This rank has failed: it sends, marked, what the others wait for."""
         self._ranks.tell(failure)
-        reading = self._messages.device.type == "cpu"
+        device, tasks = self._messages.device, self._messages.tasks
+        reading = device.type == "cpu"
         for stage in [s for s in self._stages if s][: 1 if reading else None]:
             self._stages = [stage]
             for name, task in list(stage):
-                self.send(name, task, 0, failed=True)
+                if name == LOSSES:
+                    none = torch.zeros(tasks, task, dtype=torch.float64, device=device)
+                    self.average(none, [0.0] * tasks, failed=True)
+                else:
+                    self.send(name, task, 0, failed=True)
         for works in self._works.values():
             self._ranks.wait(works)
 

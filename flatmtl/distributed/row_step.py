@@ -9,7 +9,7 @@ from torch import Tensor
 from flatmtl.distributed.agree import gather_failure
 from flatmtl.distributed.capture import RankedCapture, squares
 from flatmtl.distributed.counts import Samples, counts_of
-from flatmtl.distributed.exchange import Arrived, Exchange
+from flatmtl.distributed.exchange import LOSSES, Arrived, Exchange
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.jacobian import Captured
@@ -26,11 +26,14 @@ class RowStep:
         losses: gives this rank's losses, where their means over all ranks are wanted too.
         perturbed: whether rows at perturbed parameters follow.
         local: the perturbations are those of this rank's own rows, which are sent after them.
+        tables: from the number of tasks, how many columns each table of losses has that ``means`` is going
+            to be given.
 
     Attributes:
         local: the same.
         capture: takes this rank's gradients.
         averaged: the losses over all ranks, once the last rows have come.
+        there: bool [T], whether some rank has the task, once the averaged rows have come.
     """
 
     def __init__(
@@ -42,15 +45,18 @@ class RowStep:
         *,
         perturbed: bool,
         local: bool,
+        tables: Callable[[int], list[int]] = lambda _: [],
     ) -> None:
         self._ranks = ranks
         self._samples, self._losses = samples, losses
         self._perturbed, self.local = perturbed, perturbed and local
+        self._tables = tables
         self._known = ranks.agreed and roles is not None and roles.complete
         self._exchange: Exchange | None = None
         self._over = False
         self.capture: RankedCapture | None = None
         self.averaged: list[Tensor | None] = []
+        self.there: Tensor | None = None
         if self._known:
             assert roles is not None
             self._open(roles)
@@ -58,9 +64,12 @@ class RowStep:
     def _open(self, roles: Roles) -> None:
         assert roles.messages is not None
         tasks = range(len(roles.tasks))
-        stages = [[("jac", task) for task in tasks]]
+        columns = [] if roles.shared is None else self._tables(len(roles.tasks))
+        # one by one: behind each the ranks look for marks
+        tables = [[(LOSSES, n)] for n in columns]
+        stages = [[("jac", task) for task in tasks], *tables]
         if self.local:
-            stages = [[(name, task) for task in tasks for name in ("jac", "sam")]]
+            stages = [[(name, task) for task in tasks for name in ("jac", "sam")], *tables]
         elif self._perturbed:
             stages.append([("sam", task) for task in tasks])
         self._exchange = Exchange(self._ranks, roles.messages, stages)
@@ -89,7 +98,7 @@ class RowStep:
             return capture.finish()
         assert self._exchange is not None
         capture.send_all(self._exchange)
-        found = capture.averaged(self._arrive("jac"))
+        found = self._averaged(capture)
         if not self._perturbed:
             self._end()
         return found
@@ -116,7 +125,7 @@ class RowStep:
         capture = self.capture
         assert capture is not None
         if self.local:
-            captured = capture.averaged(self._arrive("jac"))
+            captured = self._averaged(capture)
         self._arrive("sam")
         self._end()
         shared, own = squares(capture.roles, "sam", captured.present)
@@ -125,12 +134,26 @@ class RowStep:
             norms[task].append(sq)
         return captured, norms
 
+    def means(self, table: Tensor) -> Tensor:
+        """Losses of this rank, float64 [T, n] -> their means over all ranks, NaN where none has the task.
+
+        Raises:
+            RankFailedError: a rank has failed.
+        """
+        assert self._exchange is not None
+        assert self.capture is not None
+        return self._exchange.average(table, self.capture.all_counts())
+
     def _end(self) -> None:
-        self._over = True
         capture = self.capture
         if self._losses is not None and capture is not None:
             device, counts = capture.roles.params[0].device, capture.all_counts()
             self.averaged = average(self._ranks, self._losses(), counts, device).entries()
+
+    def _averaged(self, capture: RankedCapture) -> Captured:
+        arrived = self._arrive("jac")
+        self.there = arrived.counts > 0
+        return capture.averaged(arrived)
 
     def _arrive(self, name: str) -> Arrived:
         assert self._exchange is not None
@@ -142,7 +165,8 @@ class RowStep:
 
     def fail(self, failure: Exception) -> None:
         """This rank cannot go on: the others learn of it where they wait."""
-        if self._over or self._ranks.broken:
+        waited = self._exchange is None or not self._exchange.done
+        if self._over or self._ranks.broken or not waited:
             return
         self._over = True
         if self._exchange is None:
