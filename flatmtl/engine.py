@@ -280,7 +280,7 @@ class Engine:
         if isinstance(link, RowStep):
             self.row_step = link
         else:
-            self.one_row_step = link
+            self.one_row_step, self.row_step = link, link.measuring
         try:
             return self._gradients(given, groups, scale)
         except RankFailedError:
@@ -303,12 +303,21 @@ class Engine:
         """What the ranks are going to send each other at the next step."""
         options = self.options
         apart, reuse = self._kind(self._radii(groups))
+
+        def tables(tasks: int) -> list[int]:
+            return [meter.columns(tasks) for meter in self._due()]
+
         if options.strategy is None and (
             reuse or (apart and self.solves.weightings["loss"].one_pass)
         ):
             decomposed = _aggregates(options.sharpness, "decomposed")
             rows = [1] if apart else [1 + decomposed, 1]
-            return OneRowStep(ranks, self.roles, samples, batches, rows)
+            measuring = None
+            if self.solves.weightings["loss"].one_pass and self.measures:
+                measuring = RowStep(
+                    ranks, self.roles, samples, None, perturbed=False, local=False, tables=tables
+                )
+            return OneRowStep(ranks, self.roles, samples, batches, rows, measuring)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
         looks = self._looks_at_losses
@@ -320,7 +329,7 @@ class Engine:
             losses,
             perturbed=perturbed,
             local=local,
-            tables=lambda tasks: [meter.columns(tasks) for meter in self._due()],
+            tables=tables,
         )
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:

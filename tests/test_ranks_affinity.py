@@ -40,6 +40,7 @@ class Case:
 
     probe: dict[str, Any] = field(default_factory=dict)
     weighting: str = "PCGrad"
+    method: dict[str, Any] = field(default_factory=dict)
     sharpness: Any = None
     base: str = "SGD"
     base_options: dict[str, Any] = field(default_factory=lambda: {"lr": 0.05})
@@ -78,7 +79,7 @@ def train(rank: int, ranks: int, seed: int, case: Case, **spy: Any) -> dict[str,
     base = getattr(torch.optim, case.base)(model.parameters(), **case.base_options)
     optimizer = MultiTaskOptimizer(
         base,
-        weighting=getattr(weighting, case.weighting)(),
+        weighting=getattr(weighting, case.weighting)(**case.method),
         sharpness=case.sharpness,
         model=model,
         **case.options,
@@ -179,7 +180,13 @@ CASES = {
     "micro-batches": Case(GROUPS, "MGDA", batches=2),
     "weights_every": Case(GROUPS, "MGDA", options={"weights_every": 2}),
     "of losses": Case(GROUPS, "DBMTL"),
-    "of losses, SAM": Case(GROUPS, "DWA", SAM(0.05)),
+    "of losses, SAM": Case(GROUPS, "DWA", {}, SAM(0.05)),
+    "one pass": Case(GROUPS, "UncertaintyWeighting", {"tasks": T}),
+    "one pass, first_order": Case({"mode": "first_order"}, "GLS"),
+    "one pass, some labels": Case(GROUPS, "DWA", labels="some", steps=5),
+    "one pass, missing tasks": Case(GROUPS, "DWA", labels="tasks"),
+    "one pass, uneven": Case({"every": 2}, "STCH", parts=(10, 2)),
+    "one pass in between": Case({}, "DWA", {}, SAM(0.05, every=2)),
     "rows": Case({}, "GradDrop"),
     "SAM": Case(GROUPS, sharpness=SAM(0.05), labels="tasks"),
     "SAM second": Case({}, sharpness=SAM(0.05, aggregate="second")),

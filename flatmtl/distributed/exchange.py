@@ -89,9 +89,8 @@ class Exchange:
             self._stages.pop(0)
         return average_table(self._ranks, table, counts, failed=failed)
 
-    def abandon(self, failure: Exception) -> None:
-        """This rank has failed: it sends, marked, what the others wait for."""
-        self._ranks.tell(failure)
+    def abandon(self) -> None:
+        """This rank has failed, and has told so: it sends, marked, what the others wait for."""
         device, tasks = self._messages.device, self._messages.tasks
         reading = device.type == "cpu"
         for stage in [s for s in self._stages if s][: 1 if reading else None]:

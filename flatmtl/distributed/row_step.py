@@ -74,6 +74,17 @@ class RowStep:
             stages.append([("sam", task) for task in tasks])
         self._exchange = Exchange(self._ranks, roles.messages, stages)
 
+    @property
+    def asks(self) -> bool:
+        """Whether the ranks are going to tell each other what their tasks reach."""
+        return self._exchange is None and not self._over
+
+    def know(self, roles: Roles) -> None:
+        """The ranks have agreed on the roles before the rows are taken."""
+        if not self._known and roles.complete:
+            self._known = True
+            self._open(roles)
+
     def begin(self, roles: Roles, batches: int) -> RankedCapture:
         """What takes this rank's gradients."""
         at_once = None if self.local else self._exchange
@@ -165,11 +176,19 @@ class RowStep:
 
     def fail(self, failure: Exception) -> None:
         """This rank cannot go on: the others learn of it where they wait."""
-        waited = self._exchange is None or not self._exchange.done
-        if self._over or self._ranks.broken or not waited:
+        if self._over or self._ranks.broken:
             return
-        self._over = True
         if self._exchange is None:
+            self._over = True
             gather_failure(self._ranks, failure)
-        else:
-            self._exchange.abandon(failure)
+        elif not self._exchange.done:
+            self._ranks.tell(failure)
+            self.abandon()
+
+    def abandon(self) -> bool:
+        """This rank has failed, and has told so. Returns whether the others wait for something here."""
+        over, self._over = self._over, True
+        if over or self._exchange is None or self._exchange.done:
+            return False
+        self._exchange.abandon()
+        return True
