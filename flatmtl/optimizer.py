@@ -326,11 +326,18 @@ class MultiTaskOptimizer(Optimizer):
                 "SAMO, CoopFlat and Representation do not"
             )
         self._engine.meters.append(meter)
+        self._compare_probes()
 
     def _detach(self, meter: Meter) -> None:
         if meter not in self._engine.meters:
             raise RuntimeError("the probe must be attached to be detached: it is not any more")
         self._engine.meters.remove(meter)
+        self._compare_probes()
+
+    def _compare_probes(self) -> None:
+        """Has the next step see to it that all processes that train together measure alike."""
+        if self._options.ranks is not None:
+            self._options.ranks.agreed = False
 
     # ------------------------------------------------------------ the base optimizer's own things
 

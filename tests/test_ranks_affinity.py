@@ -18,7 +18,6 @@ import flatmtl
 from flatmtl import MAML, SAM, AffinityProbe, MultiTaskOptimizer, weighting
 
 T, ROWS = 3, 12
-SIZES = {"trunk": 6 * 7 + 7 + 7 * 5 + 5}
 
 
 class Net(nn.Module):
@@ -125,7 +124,9 @@ def train(rank: int, ranks: int, seed: int, case: Case, **spy: Any) -> dict[str,
     }
     history = optimizer.history.arrays() if case.options.get("history") else {}
     params = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    roles = optimizer._engine.roles
     return {
+        "row": 8 * (roles.shared.size + roles.own[0].size) + 64,  # bytes of a task's message
         "found": found,
         "params": params,
         "calls": calls,
@@ -209,3 +210,156 @@ def test_two_ranks_measure_what_one_process_does(ranks, rng, name):
         close(results[0]["found"], train(0, 1, seed, case)["found"])
     else:
         same(ranks(2), seed, case)
+
+
+@pytest.mark.parametrize("name", ["exact", "some labels", "SAM", "one pass, missing tasks"])
+def test_four_ranks(ranks, rng, name):
+    same(ranks(4), int(rng.integers(2**20)), CASES[name])
+
+
+def rows_of(step: list[tuple[str, int]]) -> list[int]:
+    """The bytes of a step's messages; all are all_reduces."""
+    assert {name for name, _ in step} <= {"all_reduce", "broadcast"}
+    return [size for name, size in step if name == "all_reduce"]
+
+
+@pytest.mark.parametrize("name, more", [
+    ("exact", [1 + T + 2]), ("first_order", [1]), ("momentum", [1 + T + 1]), ("SAM", [1 + T + 2]),
+    ("one pass", [1 + T + 2]), ("of losses", [1 + T + 2]),
+])  # fmt: skip
+def test_one_small_message_a_measured_step(ranks, rng, name, more):
+    case = Case(**{**vars(CASES[name]), "labels": "all", "steps": 3})
+    case.probe = {**case.probe, "every": 2}
+    seed = int(rng.integers(2**20))
+    for result in ranks(2).run(train, 2, seed, case):
+        plain, measured = result["calls"][1], result["calls"][2]
+        before, after = rows_of(plain), rows_of(measured)
+        tables = [8 * (T * n + T + 1) for n in more]
+        # the methods of one backward pass have no rows of the tasks but for the probe
+        rows = [result["row"]] * T if name == "one pass" else []
+        assert sorted(after) == sorted(before + rows + tables)
+        assert len(measured) == len(plain) + len(rows) + 1
+        assert len(before) == {"SAM": 2 * T, "one pass": 2, "of losses": T + 1}.get(name, T)
+
+
+# What goes wrong on one rank.
+
+
+@dataclass
+class Trouble:
+    """At a measured step: which call of the closure on which rank fails, and how."""
+
+    call: int
+    how: str = "raise"  # or "None": the second task's loss is not returned
+    who: tuple[int, ...] = (1,)
+    weighting: str = "PCGrad"
+    sharpness: Any = None
+    probes: Sequence[dict[str, Any]] = (GROUPS,)
+    step: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    kind: str = "OSError"
+
+
+def fails(rank: int, ranks: int, seed: int, trouble: Trouble | None) -> dict[str, Any]:
+    """Three steps, the closure failing once; the step is made again after that."""
+    torch.manual_seed(seed)
+    net = Net().double()
+    net.trunk.insert(1, nn.Dropout(0.2))
+    model = DistributedDataParallel(net)
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        weighting=getattr(weighting, "PCGrad" if trouble is None else trouble.weighting)(),
+        sharpness=None if trouble is None else trouble.sharpness,
+        model=model,
+        **({} if trouble is None else trouble.options),
+    )
+    assert trouble is not None
+    probes = [AffinityProbe(optimizer, **{"every": 1, **options}) for options in trouble.probes]
+    errors, pictures = [], []
+    for step in range(3):
+        x, y, _ = (part.split(ROWS // ranks)[rank] for part in batch(seed, step, Case()))
+        calls = 0
+        failing = trouble.call if step == trouble.step and rank in trouble.who else -1
+
+        def losses(x: Tensor = x, y: Tensor = y) -> list[Any]:
+            nonlocal calls
+            calls += 1
+            out = model(x)
+            if calls == failing and trouble.how == "raise":
+                raise OSError(f"no data on rank {rank}")
+            found: list[Any] = [((out[t] - y[:, t]) ** 2).mean() for t in range(T)]
+            if calls == failing:
+                found[1] = None
+            return found
+
+        def picture() -> Any:
+            generator = torch.get_rng_state()
+            found = [probe.state_dict() for probe in probes]
+            for one in found:
+                one.pop("tasks")  # known once a first step was begun
+            base = optimizer.base_optimizer.state_dict()
+            return frozen([dict(net.state_dict()), base, generator, found])
+
+        before = picture()
+        try:
+            optimizer.step(losses)
+        except Exception as error:
+            errors.append((step, type(error).__name__, str(error)))
+            pictures.append(before == picture())
+            failing = -1
+            optimizer.step(losses)
+    return {
+        "errors": errors,
+        "unchanged": pictures,
+        "frozen": frozen([probe.state_dict() for probe in probes]),
+        "params": torch.cat([p.detach().reshape(-1) for p in net.parameters()]),
+        "measured": [probe.measured for probe in probes],
+    }
+
+
+# calls of a step: 1 the clean pass, then T + 2 looks ahead, then T perturbed passes
+TROUBLES = {
+    "first look": Trouble(2),
+    "last look": Trouble(1 + T + 2),
+    "at the first step": Trouble(3, step=0),
+    "clean pass": Trouble(1),
+    "None": Trouble(3, how="None", kind="ValueError"),
+    "both": Trouble(3, who=(0, 1)),
+    "SAM, look": Trouble(3, sharpness=SAM(0.05)),
+    "SAM, perturbed": Trouble(1 + T + 2 + 2, sharpness=SAM(0.05)),
+    "m-sharpness, perturbed": Trouble(3, sharpness=SAM(0.05), options={"sync_perturbation": False}),
+    "m-sharpness, look": Trouble(
+        1 + T + 3, sharpness=SAM(0.05), options={"sync_perturbation": False}
+    ),
+    "of losses": Trouble(3, weighting="DBMTL"),
+    "one pass, look": Trouble(3, weighting="DWA"),
+    "one pass, first step": Trouble(3, weighting="DWA", step=0),
+    "one pass, clean": Trouble(1, weighting="DWA"),
+    "two probes, first": Trouble(3, probes=(GROUPS, {"look_ahead": "optimizer"})),
+    "two probes, second": Trouble(
+        1 + T + 2 + 3, probes=(GROUPS, {"look_ahead": "optimizer"}, {"mode": "first_order"})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_a_closure_that_fails_on_one_rank_fails_on_all(ranks, rng, name):
+    trouble = TROUBLES[name]
+    seed = int(rng.integers(2**20))
+    results = ranks(2).run(fails, 2, seed, trouble)
+    for rank, result in enumerate(results):
+        ((step, kind, text),) = result["errors"]
+        assert step == trouble.step
+        if rank in trouble.who:
+            assert kind == trouble.kind
+        else:
+            assert kind == "RankFailedError"
+            assert f"rank 1: {trouble.kind}: " in text
+        if trouble.kind == "OSError":
+            assert "no data on rank" in text
+        else:
+            assert "task(s) [1] when called again, got None" in text
+        assert result["unchanged"] == [True]
+        assert result["measured"] == [3] * len(trouble.probes)
+        assert result["frozen"] == results[0]["frozen"]
+        assert torch.equal(result["params"], results[0]["params"])

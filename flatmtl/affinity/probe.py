@@ -358,7 +358,9 @@ class AffinityProbe:
                 f"state must be of an optimizer of {len(params)} parameters, got {len(reach)}"
             )
         self._meter.load_state_dict(state)
-        if self._multi is None:
+        if self._multi is not None:
+            self._multi._compare_probes()
+        else:
             self._reach = {p: set(tasks) for p, tasks in zip(params, reach, strict=False)}
             self._roles = None
 
