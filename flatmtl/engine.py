@@ -142,7 +142,6 @@ class Engine:
         self._written: list[tuple[Tensor, Tensor, int]] = []
         self._losses: list[Tensor | None] = []  # the clean ones of this step
         self.lost: set[int] = set()
-        self._everyones: list[Tensor | None] = []  # the losses of this step over all processes
         self._counted: list[float] = []  # what this one's count for
         self._groups = groups  # id(parameter) -> its group, where groups have weights of their own
         self._columns: tuple[Block, Columns] | None = None
@@ -275,7 +274,6 @@ class Engine:
             check_same(gather_or_raise(ranks, self._facts(groups)))
             ranks.agreed = True
         ranks.send_buffers()
-        self._everyones = []
         link = self._link_of(ranks, groups, samples, batches_of(given))
         if isinstance(link, RowStep):
             self.row_step = link
@@ -654,7 +652,9 @@ class Engine:
         """The step's losses, over all processes."""
         if self.row_step is not None and self.row_step.averaged:
             return self.row_step.averaged
-        return self._everyones or self._losses
+        if self.one_row_step is not None:
+            return self.one_row_step.averaged
+        return self._losses
 
     @property
     def _looks_at_losses(self) -> bool:
@@ -670,10 +670,8 @@ class Engine:
             return self.observed(losses.detached, roles)
         found = link.average(roles, losses)
         backward.shares = found.shares
-        entries = found.entries()
         self._counted = link.counts
-        self._everyones = added_entries(self._everyones, entries)
-        return self.observed(entries, roles)
+        return self.observed(found.entries(), roles)
 
     def _columns_of(self, block: Block) -> Columns:
         if self._columns is None or self._columns[0] is not block:
@@ -839,14 +837,15 @@ class Engine:
         status = self.solves.statuses.get("loss") if fresh else None
         flat_status = self.solves.statuses.get("flat") if fresh else None
         residual = None if status is None else status.residual
-        missing = clean.isnan()
+        known = loss_vector(self._all_losses(), device)  # of all processes, where the step has them
+        missing = self._missing(known)
 
         def shown(values: Tensor | None) -> Tensor | None:
             # a task that is missing has no weight of 0 and no gradient of length 0: it has none
             return None if values is None else torch.where(missing, torch.nan, values.to(device))
 
         self._record_args = dict(
-            losses=clean,
+            losses=known,
             weights=None if found is None else shown(found.weights),  # None: no weighted sum
             flat_weights=None if found is None else shown(found.flat),
             norms=shown(norms),
@@ -856,6 +855,12 @@ class Engine:
             flat_status=None if flat_status is None else _all_bits(flat_status.bits),
             residual=None if residual is None else residual.max(),
         )
+
+    def _missing(self, losses: Tensor) -> Tensor:
+        """bool [T], the tasks that have no loss in this step, on any process."""
+        if self.row_step is not None and self.row_step.there is not None:
+            return ~self.row_step.there.to(losses.device)
+        return losses.isnan()
 
     def _measure_gram(self, roles: Roles, found: Found | None, scale: Tensor | None) -> None:
         """Hands the Gram matrix of the task gradients, where the step has them, to the meters."""

@@ -363,3 +363,117 @@ def test_a_closure_that_fails_on_one_rank_fails_on_all(ranks, rng, name):
         assert result["measured"] == [3] * len(trouble.probes)
         assert result["frozen"] == results[0]["frozen"]
         assert torch.equal(result["params"], results[0]["params"])
+
+
+# The history.
+
+
+HISTORY = {"options": {"history": 8}, "probe": {"mode": "first_order"}}
+HISTORIES = {
+    "gram": Case(**HISTORY, labels="tasks"),
+    "SAM": Case(**HISTORY, weighting="MGDA", sharpness=SAM(0.05), labels="tasks"),
+    "losses": Case(**HISTORY, weighting="DBMTL", labels="some"),
+    "losses, SAM": Case(**HISTORY, weighting="DWA", sharpness=SAM(0.05)),
+    "one pass": Case(**HISTORY, weighting="DWA", labels="some"),
+    "in between": Case(
+        **{**HISTORY, "options": {"history": 8, "weights_every": 2}}, weighting="MGDA", labels="some"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_what_of_a_history_is_the_same_on_all_ranks(ranks, rng, name):
+    case = HISTORIES[name]
+    seed = int(rng.integers(2**20))
+    results = [result["history"] for result in ranks(2).run(train, 2, seed, case)]
+    alone = train(0, 1, seed, case)["history"]
+    own = {"sharpness"} | ({"losses"} if name in ("gram", "SAM", "in between") else set())
+    for what, values in alone.items():
+        first, second = (result[what] for result in results)
+        if what not in own:
+            np.testing.assert_array_equal(first, second, err_msg=what)
+            np.testing.assert_allclose(first, values, rtol=1e-6, atol=1e-9, err_msg=what)
+    if name == "in between":  # of steps with one backward pass
+        for result in results:
+            np.testing.assert_allclose(result["losses"][1::2], alone["losses"][1::2], rtol=1e-7)
+    losses = np.stack([result["losses"] for result in results])
+    if name == "gram":  # this rank's own: NaN where it lacks the task
+        assert np.isnan(losses[0, :, 2]).all() and not np.isnan(losses[1, :, 2]).any()
+        assert np.isnan(alone["norms"]).sum() == 1  # task 1 at step 1
+
+
+# Ranks that differ, probes that come later, and resuming.
+
+
+def differs(rank: int, seed: int, what: str) -> Any:
+    torch.manual_seed(seed)
+    net = Net().double()
+    model = DistributedDataParallel(net)
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = MultiTaskOptimizer(base, weighting=weighting.PCGrad(), model=model)
+    x, y, _ = (part.split(ROWS // 2)[rank] for part in batch(seed, 0, Case()))
+
+    def losses() -> list[Tensor]:
+        out = model(x)
+        return [((out[t] - y[:, t]) ** 2).mean() for t in range(T)]
+
+    if what == "late":
+        optimizer.step(losses)
+    if not (what == "none" and rank):
+        every = 2 + rank if what in ("every", "late") else 2
+        probe = AffinityProbe(optimizer, every=every)
+    if what == "state":
+        state = probe.state_dict()
+        state["last"] = -1 - rank
+        probe.load_state_dict(state)
+    try:
+        optimizer.step(losses)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("what", ["every", "none", "late", "state"])
+def test_probes_that_differ_between_ranks_are_an_error_on_all(ranks, rng, what):
+    for text in ranks(2).run(differs, int(rng.integers(2**20)), what):
+        assert text.startswith("probes must be the same on every rank, got ")
+
+
+def resumes(rank: int, seed: int, stop: bool) -> Any:
+    torch.manual_seed(seed)
+
+    def made(state: Any = None) -> Any:
+        net = Net().double()
+        model = DistributedDataParallel(net)
+        base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer = MultiTaskOptimizer(base, weighting=weighting.MGDA(), model=model)
+        probe = AffinityProbe(optimizer, every=2, look_ahead="optimizer", **GROUPS)
+        if state is not None:
+            net.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+            probe.load_state_dict(state[2])
+        return model, optimizer, probe
+
+    model, optimizer, probe = made()
+    for step in range(5):
+        if stop and step == 3:
+            states = model.module.state_dict(), optimizer.state_dict(), probe.state_dict()
+            model, optimizer, probe = made(states)
+        x, y, there = (part.split(ROWS // 2)[rank] for part in batch(seed, step, CASES["SAM"]))
+
+        def losses(x: Tensor = x, y: Tensor = y, there: Tensor = there) -> list[Any]:
+            out, wrong = model(x), []
+            for t in range(T):
+                rows = there[:, t]
+                wrong.append(((out[t] - y[:, t]) ** 2)[rows].mean() if rows.any() else None)
+            return wrong
+
+        optimizer.step(losses)
+    return frozen([probe.state_dict(), dict(model.module.state_dict())])
+
+
+def test_a_resumed_run_measures_on_to_the_bit(ranks, rng):
+    seed = int(rng.integers(2**20))
+    whole, stopped = ranks(2).run(resumes, seed, False), ranks(2).run(resumes, seed, True)
+    assert whole == stopped
+    assert whole[0] == whole[1]

@@ -13,7 +13,7 @@ from flatmtl.distributed.counts import Samples, counts_of
 from flatmtl.distributed.losses import Averaged, average
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.distributed.row_step import RowStep
-from flatmtl.losses import TaskLosses
+from flatmtl.losses import TaskLosses, added_entries
 from flatmtl.roles import Roles
 from flatmtl.weighted import WeightedBackward
 
@@ -37,6 +37,7 @@ class OneRowStep:
     Attributes:
         measuring: as given.
         counts: what each task's loss counts for on this rank.
+        averaged: the losses over all ranks, added up over the micro-batches so far.
         shares: of each micro-batch, float64 [T]: the part that this rank's losses have in the means.
     """
 
@@ -56,6 +57,7 @@ class OneRowStep:
         self._told = False  # the ranks know each other's tasks of this micro-batch
         self.shares: list[Tensor] = []
         self.counts: list[float] = []
+        self.averaged: list[Tensor | None] = []
         self._over = False
 
     @property
@@ -81,6 +83,7 @@ class OneRowStep:
         self.counts = [counts.get(task, 1.0) for task in range(len(roles.tasks))]
         self._left -= 1
         found = average(self._ranks, losses.detached, self.counts, roles.params[0].device)
+        self.averaged = added_entries(self.averaged, found.entries())
         self._told = False
         self._counts.append(found.counts)
         self.shares.append(found.shares)
