@@ -1,4 +1,4 @@
-"""AffinityProbe where several processes train: what one process on the whole batch measures, on every rank."""
+"""AffinityProbe over several processes: on every rank, what one process on the whole batch measures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ranks import RankError, counted
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import flatmtl
 from flatmtl import MAML, SAM, AffinityProbe, MultiTaskOptimizer, weighting
 
 T, ROWS = 3, 12
@@ -47,7 +46,7 @@ class Case:
     batches: int = 1
     scaled: bool = False
     steps: int = 4
-    labels: str = "all"  # "some": of random rows, "tasks": whole tasks missing on ranks, "none": a rank has no data
+    labels: str = "all"  # "some": of random rows; "tasks": whole tasks missing on ranks
     parts: Sequence[int] = ()
 
 
@@ -132,7 +131,9 @@ def train(rank: int, ranks: int, seed: int, case: Case, **spy: Any) -> dict[str,
         "calls": calls,
         "history": history,
         "buffers": int(net.calls),
-        "frozen": frozen([probe.state_dict(), {k: torch.tensor(v) for k, v in record.mean.items()}]),
+        "frozen": frozen(
+            [probe.state_dict(), {k: torch.tensor(v) for k, v in record.mean.items()}]
+        ),
     }
 
 
@@ -376,7 +377,9 @@ HISTORIES = {
     "losses, SAM": Case(**HISTORY, weighting="DWA", sharpness=SAM(0.05)),
     "one pass": Case(**HISTORY, weighting="DWA", labels="some"),
     "in between": Case(
-        **{**HISTORY, "options": {"history": 8, "weights_every": 2}}, weighting="MGDA", labels="some"
+        **{**HISTORY, "options": {"history": 8, "weights_every": 2}},
+        weighting="MGDA",
+        labels="some",
     ),
 }
 
@@ -477,3 +480,163 @@ def test_a_resumed_run_measures_on_to_the_bit(ranks, rng):
     whole, stopped = ranks(2).run(resumes, seed, False), ranks(2).run(resumes, seed, True)
     assert whole == stopped
     assert whole[0] == whole[1]
+
+
+# A probe in a loop.
+
+
+@dataclass
+class Loop:
+    probe: dict[str, Any] = field(default_factory=dict)
+    base_options: dict[str, Any] = field(default_factory=lambda: {"lr": 0.05})
+    named: bool = False
+    scaled: bool = False
+    trained: bool = True  # False: the steps are not made: only measured
+    labels: str = "all"
+    parts: Sequence[int] = ()
+    steps: int = 4
+    fail: int = -1  # the call of the closure that fails on rank 1, at step 1
+
+
+def loop(rank: int, ranks: int, seed: int, case: Loop) -> dict[str, Any]:
+    torch.manual_seed(seed % 2**31)
+    net = Net().double()
+    model = DistributedDataParallel(net, find_unused_parameters=True) if ranks > 1 else net
+    optimizer = torch.optim.SGD(model.parameters(), **case.base_options)
+    shared = list(net.trunk.parameters()) if case.named else None
+    probe = AffinityProbe(optimizer, model=model, shared=shared, **{"every": 1, **case.probe})
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if case.scaled else None
+    cuts = list(case.parts or [ROWS // ranks] * ranks)
+    calls, errors, unchanged = [], [], []
+    for step in range(case.steps):
+        whole = batch(seed, step, Case(labels=case.labels))
+        x, y, there = (part.split(cuts)[rank] if ranks > 1 else part for part in whole)
+        count, failing = 0, case.fail if (step, rank) == (1, 1) else -1
+
+        def losses(x: Tensor = x, y: Tensor = y, there: Tensor = there) -> dict[str, Any]:
+            nonlocal count
+            count += 1
+            out, found = model(x), {}
+            if count == failing:
+                raise OSError("no data")
+            for t in range(T):
+                wrong = ((out[t] - y[:, t]) ** 2).mean(1)[there[:, t]]
+                found[f"task {t}"] = wrong.mean() if len(wrong) else None
+            return found
+
+        samples = {f"task {t}": max(1, int(n)) for t, n in enumerate(there.sum(0))}
+        before = frozen([dict(net.state_dict()), torch.get_rng_state()])
+        with counted() as seen:
+            try:
+                found = probe(losses, samples=samples, scaler=scaler)
+            except Exception as error:
+                errors.append((type(error).__name__, str(error)))
+                unchanged.append(before == frozen([dict(net.state_dict()), torch.get_rng_state()]))
+                failing = -1
+                found = probe(losses, samples=samples, scaler=scaler)
+        calls.append(seen)
+        if case.trained:
+            optimizer.zero_grad()
+            total = sum(found.values())
+            (total if scaler is None else scaler.scale(total)).backward()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+    record = probe.record()
+    return {
+        "found": [record.mean, record.m2, record.count, record.group_mean],
+        "frozen": frozen([probe.state_dict(), dict(net.named_parameters())]),
+        "calls": calls,
+        "errors": errors,
+        "unchanged": unchanged,
+    }
+
+
+NAMED_GROUPS = {"groups": [("task 0", "task 1"), ("task 0", "task 1", "task 2")]}
+LOOPS = {
+    "exact": Loop(NAMED_GROUPS),
+    "first_order": Loop({"mode": "first_order"}),
+    "optimizer": Loop({"look_ahead": "optimizer", "every": 2}, MOMENTUM, named=True),
+    "scaler": Loop(NAMED_GROUPS, scaled=True),
+    "missing tasks": Loop(NAMED_GROUPS, labels="tasks", trained=False),
+    "some labels": Loop(NAMED_GROUPS, labels="some", trained=False),
+    "named, missing tasks": Loop(NAMED_GROUPS, labels="tasks", trained=False, named=True),
+    "a rank without data": Loop(NAMED_GROUPS, parts=(0, 12), trained=False),
+    "uneven": Loop({"mode": "first_order"}, parts=(9, 3), trained=False),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_over_ranks(ranks, rng, name):
+    case, seed = LOOPS[name], int(rng.integers(2**20))
+    first, second = ranks(2).run(loop, 2, seed, case)
+    alone = loop(0, 1, seed, case)
+    assert first["frozen"] == second["frozen"]
+    close(first["found"], alone["found"])
+    assert np.isfinite(alone["found"][0]["affinity"]).any()
+    # all is known by the fourth step: rows, the losses; and what the loop itself sends
+    sums = [size for kind, size in first["calls"][3] if kind != "broadcast"]
+    assert len(sums) == (0 if name == "optimizer" else T + 1)
+    if sums:
+        columns = 1 if "mode" in case.probe else 1 + T + 2
+        assert sums[-1] == 8 * (T * columns + T + 1)
+
+
+@pytest.mark.parametrize("fail", [1, 2, 1 + T + 2])
+def test_a_closure_that_fails_in_a_loop_fails_on_all_ranks(ranks, rng, fail):
+    seed = int(rng.integers(2**20))
+    first, second = ranks(2).run(loop, 2, seed, Loop(NAMED_GROUPS, fail=fail))
+    assert second["errors"] == [("OSError", "no data")]
+    ((kind, text),) = first["errors"]
+    assert kind == "RankFailedError" and "rank 1: OSError: no data" in text
+    assert first["unchanged"] == second["unchanged"] == [True]
+    assert first["frozen"] == second["frozen"]
+    close(first["found"], loop(0, 1, seed, Loop(NAMED_GROUPS))["found"])
+
+
+def loops_that_differ(rank: int, what: str) -> str:
+    net = Net().double()
+    every = 2 + rank if what == "probes" else 1
+    probe = AffinityProbe(
+        torch.optim.SGD(net.parameters(), lr=0.1), every=every,
+        process_group=None if what == "alone" else torch.distributed.group.WORLD,
+    )  # fmt: skip
+
+    def losses() -> dict[str, Tensor]:
+        names = ["a", "b", "c"] if what != "the order of the losses' tasks" or not rank else "bac"
+        return {
+            name: out.square().mean() for name, out in zip(names, net(torch.ones(2, 6).double()))
+        }
+
+    try:
+        probe(losses)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("what", ["probes", "the order of the losses' tasks"])
+def test_loops_that_differ_are_an_error_on_all_ranks(ranks, what):
+    for text in ranks(2).run(loops_that_differ, what):
+        assert text.startswith(f"{what} must be the same on every rank")
+
+
+def test_a_probe_that_measures_alone(ranks):
+    assert ranks(2).run(loops_that_differ, "alone") == ["no error"] * 2
+
+
+def test_the_group_must_be_known(ranks):
+    with pytest.raises(RankError, match="process_group must be given where several processes run"):
+        ranks(2).run(unknown_group)
+    net = Net()
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.1), weighting=weighting.PCGrad()
+    )
+    with pytest.raises(ValueError, match="process_group must not be given with a MultiTask"):
+        AffinityProbe(optimizer, process_group=None)
+
+
+def unknown_group(rank: int) -> None:
+    AffinityProbe(torch.optim.SGD(Net().parameters(), lr=0.1))

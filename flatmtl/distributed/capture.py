@@ -29,6 +29,7 @@ class RankedCapture(Capture):
         batches: how many micro-batches the step has here.
         counts: task -> what this rank's row counts for; 1 for one that is not in it.
         exchange: takes the rows as they come; None: not all is known yet, or they are sent later.
+        partial: as in ``Capture``.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class RankedCapture(Capture):
         batches: int,
         counts: Mapping[int, float],
         exchange: Exchange | None,
+        *,
+        partial: bool = False,
     ) -> None:
-        super().__init__(roles)
+        super().__init__(roles, partial=partial)
         self._ranks, self._left = ranks, batches
         self._counts = counts
         self._exchange = exchange

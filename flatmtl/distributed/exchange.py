@@ -80,9 +80,7 @@ class Exchange:
         """Whether all has been sent."""
         return not any(self._stages)
 
-    def average(
-        self, table: Tensor, counts: Sequence[float], *, failed: bool = False
-    ) -> Tensor:
+    def average(self, table: Tensor, counts: Sequence[float], *, failed: bool = False) -> Tensor:
         """A table [T, n] of losses, averaged (``average_table``)."""
         self._take(LOSSES, table.shape[1])
         if not self._stages[0]:

@@ -85,11 +85,11 @@ class RowStep:
             self._known = True
             self._open(roles)
 
-    def begin(self, roles: Roles, batches: int) -> RankedCapture:
-        """What takes this rank's gradients."""
+    def begin(self, roles: Roles, batches: int, *, partial: bool = False) -> RankedCapture:
+        """What takes this rank's gradients; ``partial`` as in ``Capture``."""
         at_once = None if self.local else self._exchange
         counts = counts_of(self._samples, roles.tasks)
-        self.capture = RankedCapture(roles, self._ranks, batches, counts, at_once)
+        self.capture = RankedCapture(roles, self._ranks, batches, counts, at_once, partial=partial)
         return self.capture
 
     def rows(self) -> Captured:
