@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flatmtl import ops
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
 from flatmtl.distributed.agree import check_same, facts_of, gather_or_raise
 from flatmtl.distributed.counts import Samples
+from flatmtl.distributed.fsdp_step import FSDPOneRowStep, FSDPStep
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks
 from flatmtl.distributed.row_step import RowStep
+from flatmtl.distributed.sharded_step import Second, ShardedStep
+from flatmtl.distributed.shards import as_grad, local_of
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
@@ -72,6 +74,7 @@ class Options:
     strategy: Strategy | None = None
     ranks: Ranks | None = None
     sync_perturbation: bool = True
+    shard_rows: bool = False
 
 
 class Engine:
@@ -278,12 +281,15 @@ class Engine:
         if isinstance(link, RowStep):
             self.row_step = link
         else:
-            self.one_row_step, self.row_step = link, link.measuring
+            self.one_row_step = link
         try:
             return self._gradients(given, groups, scale)
         except RankFailedError:
             raise
         except Exception as failure:
+            found = ranks.why() if ranks.copies else None
+            if found is not None:
+                raise found from failure
             link.fail(failure)
             raise
         finally:
@@ -301,13 +307,17 @@ class Engine:
         """What the ranks are going to send each other at the next step."""
         options = self.options
         apart, reuse = self._kind(self._radii(groups))
+        known = self.roles is not None and self.roles.complete
 
         def tables(tasks: int) -> list[int]:
             return [meter.columns(tasks) for meter in self._due()]
 
-        if options.strategy is None and (
+        one = options.strategy is None and (
             reuse or (apart and self.solves.weightings["loss"].one_pass)
-        ):
+        )
+        if one and ranks.copies and known:
+            return FSDPOneRowStep(ranks, self.roles, samples, batches, [1])
+        if one and not ranks.copies:
             decomposed = _aggregates(options.sharpness, "decomposed")
             rows = [1] if apart else [1 + decomposed, 1]
             measuring = None
@@ -318,16 +328,22 @@ class Engine:
             return OneRowStep(ranks, self.roles, samples, batches, rows, measuring)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
-        looks = self._looks_at_losses
-        losses = (lambda: self._losses) if looks else None
+        losses = (lambda: self._losses) if self._looks_at_losses else None
+        second: Second = "sam" if _aggregates(options.sharpness, "direct") else "flat"
+        if ranks.copies:
+            return FSDPStep(ranks, self.roles, samples, losses, perturbed=perturbed, second=second)
+        if options.shard_rows:
+            return ShardedStep(
+                ranks,
+                self.roles,
+                samples,
+                losses,
+                perturbed=perturbed,
+                second=second,
+                tables=tables,
+            )
         return RowStep(
-            ranks,
-            self.roles,
-            samples,
-            losses,
-            perturbed=perturbed,
-            local=local,
-            tables=tables,
+            ranks, self.roles, samples, losses, perturbed=perturbed, local=local, tables=tables
         )
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -481,7 +497,7 @@ class Engine:
             maml(self, strategy, passes, scale)
         elif isinstance(strategy, CoopFlat):
             coop(self, strategy, passes, scale)
-        elif apart and self.solves.weightings["loss"].one_pass:
+        elif apart and self.solves.weightings["loss"].one_pass and self.row_step is None:
             one_pass(self, passes, scale)
         elif apart and reuse:
             weighted(self, passes, scale)
@@ -551,13 +567,17 @@ class Engine:
         self.roles = load_roles(save_roles(roles, params), params, self._make_roles)
 
     def _make_roles(self, params: Sequence[Tensor], tasks: list[Any]) -> Roles:
-        options = self.options
+        options, ranks = self.options, self.options.ranks
+        part = None if ranks is None or not options.shard_rows else (ranks.size, ranks.rank)
         layout = Layout(
             row_dtype=options.row_dtype,
             exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
             both=_aggregates(options.sharpness, "each"),
             ends=_aggregates(options.sharpness, "second"),
-            joined=options.ranks is not None,
+            joined=ranks is not None and not ranks.copies,
+            part=part,
+            local=local_of if ranks is not None and ranks.copies else None,
+            moved=ranks.forget_gathered if ranks is not None and ranks.copies else None,
         )
         return Roles(params, tasks, self._named, self.label, layout)
 
@@ -596,10 +616,11 @@ class Engine:
 
     def measure(self, passes: Passes, roles: Roles, found: Captured, scale: Tensor | None) -> None:
         """Hands the task gradients to the meters that measure at this step."""
+        link = self.row_step if self.one_row_step is None else self.one_row_step.measuring
         for meter in self._due():
             try:
                 again = functools.partial(self._ahead, passes)
-                meter.at_rows(roles, found, self._losses, scale, again, self.row_step)
+                meter.at_rows(roles, found, self._losses, scale, again, link)
             finally:
                 passes.end()
 
@@ -646,7 +667,9 @@ class Engine:
             seen = self.observed(self._all_losses(), self.roles)
         if self._groups is not None and self.roles.shared is not None:
             columns = self._columns_of(self.roles.shared)
-        return Families(self.solves, scale, full=full, seen=seen, columns=columns)
+        step = self.row_step
+        known = None if step is None else step.grams
+        return Families(self.solves, scale, full=full, seen=seen, columns=columns, known=known)
 
     def _all_losses(self) -> list[Tensor | None]:
         """The step's losses, over all processes."""
@@ -732,10 +755,15 @@ class Engine:
         """float64 [T], what the gradients of the tasks' own parameters are multiplied by; None: by 1."""
         return self.solves.weightings["loss"]._own_weights(found.weights)
 
-    def own_update(self, task: int, row: Tensor, weights: Tensor | None) -> None:
-        """The update of a task's own parameters <- ``row`` [P], times the task's entry of ``weights`` [T]."""
+    def own_update(
+        self, task: int, row: Tensor, weights: Tensor | None, *, part: bool = False
+    ) -> None:
+        """The update of a task's own parameters <- ``row`` [P], times the task's entry of ``weights`` [T].
+
+        ``part``: the row is that which is kept here, where each process keeps a part.
+        """
         assert self.roles is not None
-        update = self.roles.own[task].update
+        update = (self.roles.own_rows(task) if part else self.roles.own[task]).update
         update.copy_(row)
         if weights is not None:
             update.mul_(weights[task].to(update))
@@ -781,7 +809,7 @@ class Engine:
             for k, view in zip(index, block.views(block.update), strict=True):
                 if k in reached:
                     # A tensor of its own: p.grad.data = ... (as Module.to does) leaves the view alone.
-                    view = view.detach()
+                    view = as_grad(view.detach(), roles.params[k])
                     roles.params[k].grad = view
                     self._written.append((roles.params[k], view, view._version))
         self._write_learned()
@@ -869,7 +897,8 @@ class Engine:
             return
         gram = found.gram
         if not found.clean:
-            gram = self.families(scale).unscaled(ops.gram(roles.shared.jac))
+            assert roles.rows is not None
+            gram = self.families(scale).gram(roles.rows.jac, "jac")
         for meter in meters:
             meter.at_gram(gram)
 

@@ -80,7 +80,9 @@ class AffinityProbe:
 
     Raises:
         TypeError, ValueError: an argument is none of the above; or the optimizer is a MultiTaskOptimizer
-            without a gradient for each task (``SAMO``, ``CoopFlat``, ``Representation``).
+            without a gradient for each task (``SAMO``, ``CoopFlat``, ``Representation``), or without whole
+            rows of them (``shard_rows``) in exact mode.
+        NotImplementedError: the parameters are sharded (FSDP2).
     """
 
     def __init__(
@@ -154,7 +156,11 @@ class AffinityProbe:
         self._reach: dict[Tensor, set[TaskName]] = {}  # parameter -> tasks that reach it
         self._roles: Roles | None = None
         self._meter = Meter(options, base, kept)
-        self._ranks = None if multi is not None else find_ranks(process_group, model)
+        self._ranks = (
+            None if multi is not None else find_ranks(process_group, model, self._params())
+        )
+        if self._ranks is not None and self._ranks.copies:
+            raise NotImplementedError("params must not be sharded (FSDP2) with an AffinityProbe")
         if multi is not None:
             multi._attach(self._meter)
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from flatmtl import ops
+from flatmtl.block import Block
 from flatmtl.distributed.agree import gather_failure
-from flatmtl.distributed.capture import RankedCapture, squares
+from flatmtl.distributed.capture import RankedCapture
 from flatmtl.distributed.counts import Samples, counts_of
-from flatmtl.distributed.exchange import LOSSES, Arrived, Exchange
+from flatmtl.distributed.exchange import LOSSES, Arrived, Exchange, Stages
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.jacobian import Captured
@@ -34,6 +36,7 @@ class RowStep:
         capture: takes this rank's gradients.
         averaged: the losses over all ranks, once the last rows have come.
         there: bool [T], whether some rank has the task, once the averaged rows have come.
+        grams: Gram matrices of whole rows, float64 [T, T], where this rank has a part of each.
     """
 
     def __init__(
@@ -57,22 +60,19 @@ class RowStep:
         self.capture: RankedCapture | None = None
         self.averaged: list[Tensor | None] = []
         self.there: Tensor | None = None
+        self.grams: dict[str, Tensor] = {}
         if self._known:
             assert roles is not None
             self._open(roles)
 
     def _open(self, roles: Roles) -> None:
-        assert roles.messages is not None
-        tasks = range(len(roles.tasks))
-        columns = [] if roles.shared is None else self._tables(len(roles.tasks))
-        # one by one: behind each the ranks look for marks
-        tables = [[(LOSSES, n)] for n in columns]
-        stages = [[("jac", task) for task in tasks], *tables]
-        if self.local:
-            stages = [[(name, task) for task in tasks for name in ("jac", "sam")], *tables]
-        elif self._perturbed:
-            stages.append([("sam", task) for task in tasks])
-        self._exchange = Exchange(self._ranks, roles.messages, stages)
+        tasks = len(roles.tasks)
+        first, *second = self._stages(tasks)
+        columns = [] if roles.shared is None else self._tables(tasks)
+        # a stage each: behind every one the ranks look for marks
+        self._exchange = self._exchange_of(
+            roles, [first, *([(LOSSES, n)] for n in columns), *second]
+        )
 
     @property
     def asks(self) -> bool:
@@ -85,12 +85,28 @@ class RowStep:
             self._known = True
             self._open(roles)
 
+    def _stages(self, tasks: int) -> Stages:
+        if self.local:
+            return [[(name, task) for task in range(tasks) for name in ("jac", "sam")]]
+        names = ("jac", "sam") if self._perturbed else ("jac",)
+        return [[(name, task) for task in range(tasks)] for name in names]
+
+    def _exchange_of(self, roles: Roles, stages: Stages) -> Exchange:
+        assert roles.messages is not None
+        return Exchange(self._ranks, roles.messages, stages)
+
     def begin(self, roles: Roles, batches: int, *, partial: bool = False) -> RankedCapture:
         """What takes this rank's gradients; ``partial`` as in ``Capture``."""
         at_once = None if self.local else self._exchange
         counts = counts_of(self._samples, roles.tasks)
-        self.capture = RankedCapture(roles, self._ranks, batches, counts, at_once, partial=partial)
+        self.capture = self._capture_of(roles, batches, counts, at_once)
+        self.capture.partial = partial
         return self.capture
+
+    def _capture_of(
+        self, roles: Roles, batches: int, counts: dict[int, float], exchange: Exchange | None
+    ) -> RankedCapture:
+        return RankedCapture(roles, self._ranks, batches, counts, exchange)
 
     def rows(self) -> Captured:
         """The averaged rows; with ``local``, this rank's own ones.
@@ -109,10 +125,13 @@ class RowStep:
             return capture.finish()
         assert self._exchange is not None
         capture.send_all(self._exchange)
-        found = self._averaged(capture)
+        found = self._captured(self._arrive("jac"))
         if not self._perturbed:
             self._end()
         return found
+
+    def moving(self, task: int) -> None:
+        """A task's perturbation is next, on this rank or on others."""
 
     def moved(self, task: int) -> None:
         """The parameters are where this task's perturbation takes them: its row is not needed here."""
@@ -136,10 +155,10 @@ class RowStep:
         capture = self.capture
         assert capture is not None
         if self.local:
-            captured = self._averaged(capture)
+            captured = self._captured(self._arrive("jac"))
         self._arrive("sam")
         self._end()
-        shared, own = squares(capture.roles, "sam", captured.present)
+        shared, own = self._squares("sam", captured.present)
         norms = {task: [shared[task]] for task in captured.present}
         for task, sq in own.items():
             norms[task].append(sq)
@@ -155,16 +174,30 @@ class RowStep:
         assert self.capture is not None
         return self._exchange.average(table, self.capture.all_counts())
 
+    def _captured(self, arrived: Arrived) -> Captured:
+        assert self.capture is not None
+        self.there = arrived.counts > 0
+        present = self.capture.present(arrived)
+        shared_sq, own_sq = self._squares("jac", present)
+        reached = self.capture.roles.reached_by(present)
+        return Captured(shared_sq, own_sq, reached, present, self.capture.here)
+
+    def _squares(self, name: str, present: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Squared norms of the averaged rows: float64 [T] of the shared ones, and of the tasks' own."""
+        assert self.capture is not None
+        roles = self.capture.roles
+
+        def of(block: Block) -> Tensor:
+            return ops.row_norms(block.jac if name == "jac" else block.sam).square()
+
+        shared = roles.per_task({}) if roles.shared is None else of(roles.shared)
+        return shared, {t: of(block)[0] for t, block in roles.own.items() if t in present}
+
     def _end(self) -> None:
         capture = self.capture
         if self._losses is not None and capture is not None:
             device, counts = capture.roles.params[0].device, capture.all_counts()
             self.averaged = average(self._ranks, self._losses(), counts, device).entries()
-
-    def _averaged(self, capture: RankedCapture) -> Captured:
-        arrived = self._arrive("jac")
-        self.there = arrived.counts > 0
-        return capture.averaged(arrived)
 
     def _arrive(self, name: str) -> Arrived:
         assert self._exchange is not None

@@ -33,8 +33,8 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
             roles: Roles = roles, losses: TaskLosses = losses, so_far: WeightedBackward = backward
         ) -> Tensor | None:
             follow(roles, losses, [(so_far, _update)], link)
-            if engine.row_step is not None:
-                engine.row_step.know(roles)
+            if link is not None and link.measuring is not None:
+                link.measuring.know(roles)
             return _update(roles)
 
         if link is not None and link.asks is not None:
@@ -89,7 +89,7 @@ def _measured(
     engine: Engine, passes: Passes, roles: Roles, losses: TaskLosses, scale: Tensor | None
 ) -> Tensor | None:
     """The Gram matrix of the task gradients, taken for the probes; the graph stays."""
-    link = engine.row_step
+    link = None if engine.one_row_step is None else engine.one_row_step.measuring
     if len(passes) > 1 or (isinstance(engine.capture, WeightedBackward) and engine.capture.present):
         raise ValueError(
             "losses must be of one micro-batch a step where an AffinityProbe measures with a loss-space "
