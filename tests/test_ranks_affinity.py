@@ -194,6 +194,10 @@ CASES = {
     "SAM second": Case({}, sharpness=SAM(0.05, aggregate="second")),
     "SAM each": Case({}, sharpness=SAM(0.05, aggregate="each")),
     "MAML": Case({}, sharpness=MAML(0.01, first_order=True)),
+    "sharded rows": Case({"mode": "first_order"}, "MGDA", options={"shard_rows": True}, labels="tasks"),
+    "sharded rows, SAM": Case(
+        {"mode": "first_order"}, "MGDA", sharpness=SAM(0.05), options={"shard_rows": True}
+    ),
     "m-sharpness": Case(GROUPS, sharpness=SAM(0.05), options={"sync_perturbation": False}, steps=1),
     "m-sharpness of MAML": Case(
         {}, sharpness=MAML(0.01, first_order=True), options={"sync_perturbation": False}, steps=1
@@ -333,6 +337,12 @@ TROUBLES = {
         1 + T + 3, sharpness=SAM(0.05), options={"sync_perturbation": False}
     ),
     "of losses": Trouble(3, weighting="DBMTL"),
+    "sharded rows": Trouble(
+        3,
+        sharpness=SAM(0.05),
+        probes=({"mode": "first_order"},),
+        options={"shard_rows": True},
+    ),
     "one pass, look": Trouble(3, weighting="DWA"),
     "one pass, first step": Trouble(3, weighting="DWA", step=0),
     "one pass, clean": Trouble(1, weighting="DWA"),
@@ -625,6 +635,14 @@ def test_loops_that_differ_are_an_error_on_all_ranks(ranks, what):
 
 def test_a_probe_that_measures_alone(ranks):
     assert ranks(2).run(loops_that_differ, "alone") == ["no error"] * 2
+
+
+@pytest.mark.parametrize("probe", [{}, {"mode": "first_order", "momentum": True}])
+def test_whole_rows_are_needed(probe):
+    base = torch.optim.SGD(Net().parameters(), lr=0.1, momentum=0.9)
+    optimizer = MultiTaskOptimizer(base, weighting=weighting.PCGrad(), shard_rows=True)
+    with pytest.raises(ValueError, match="optimizer must keep whole rows"):
+        AffinityProbe(optimizer, **probe)
 
 
 def test_the_group_must_be_known(ranks):
