@@ -149,7 +149,6 @@ class Engine:
         self._written: list[tuple[Tensor, Tensor, int]] = []
         self._losses: list[Tensor | None] = []  # the clean ones of this step
         self.lost: set[int] = set()
-        self._everyones: list[Tensor | None] = []  # the losses of this step over all processes
         self._counted: list[float] = []  # what this one's count for
         self._groups = groups  # id(parameter) -> its group, where groups have weights of their own
         self._columns: tuple[Block, Columns] | None = None
@@ -280,7 +279,6 @@ class Engine:
         self._refresh_roles()
         self._agree(ranks, groups)
         ranks.send_buffers()
-        self._everyones = []
         link = self._link_of(ranks, groups, samples, batches_of(given))
         if isinstance(link, RowStep):
             self.row_step = link
@@ -348,6 +346,10 @@ class Engine:
         options = self.options
         apart, reuse = self._kind(self._radii(groups))
         known = self.roles is not None and self.roles.complete
+
+        def tables(tasks: int) -> list[int]:
+            return [meter.columns(tasks) for meter in self._due()]
+
         one = options.strategy is None and (
             reuse or (apart and self.solves.weightings["loss"].one_pass)
         )
@@ -356,15 +358,31 @@ class Engine:
         if one and not ranks.copies:
             decomposed = _aggregates(options.sharpness, "decomposed")
             rows = [1] if apart else [1 + decomposed, 1]
-            return OneRowStep(ranks, self.roles, samples, batches, rows)
+            measuring = None
+            if self.solves.weightings["loss"].one_pass and self.measures:
+                measuring = RowStep(
+                    ranks, self.roles, samples, None, perturbed=False, local=False, tables=tables
+                )
+            return OneRowStep(ranks, self.roles, samples, batches, rows, measuring)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
         losses = (lambda: self._losses) if self._looks_at_losses else None
         second: Second = "sam" if _aggregates(options.sharpness, "direct") else "flat"
-        if ranks.copies or options.shard_rows:
-            kind = FSDPStep if ranks.copies else ShardedStep
-            return kind(ranks, self.roles, samples, losses, perturbed=perturbed, second=second)
-        return RowStep(ranks, self.roles, samples, losses, perturbed=perturbed, local=local)
+        if ranks.copies:
+            return FSDPStep(ranks, self.roles, samples, losses, perturbed=perturbed, second=second)
+        if options.shard_rows:
+            return ShardedStep(
+                ranks,
+                self.roles,
+                samples,
+                losses,
+                perturbed=perturbed,
+                second=second,
+                tables=tables,
+            )
+        return RowStep(
+            ranks, self.roles, samples, losses, perturbed=perturbed, local=local, tables=tables
+        )
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What must be the same on all ranks."""
@@ -377,6 +395,7 @@ class Engine:
             "nonfinite": options.nonfinite,
             "sync_perturbation": options.sync_perturbation,
             "the number of steps made": self.steps,
+            "probes": [meter.facts() for meter in self.meters],
             "losses": None if self.roles is None else self.roles.tasks,
             "what the tasks reach": None if self.roles is None else self.roles.reach(),
         }
@@ -629,14 +648,17 @@ class Engine:
             if self.roles is not None and not self.roles.settled:
                 self.roles = None
             raise
-        self.measure(passes, roles, found, scale)
+        if link is None or not link.local:  # those would be this process's own rows
+            self.measure(passes, roles, found, scale)
         return roles, found
 
     def measure(self, passes: Passes, roles: Roles, found: Captured, scale: Tensor | None) -> None:
         """Hands the task gradients to the meters that measure at this step."""
+        link = self.row_step if self.one_row_step is None else self.one_row_step.measuring
         for meter in self._due():
             try:
-                meter.at_rows(roles, found, self._losses, scale, lambda: self._ahead(passes))
+                again = functools.partial(self._ahead, passes)
+                meter.at_rows(roles, found, self._losses, scale, again, link)
             finally:
                 passes.end()
 
@@ -691,7 +713,9 @@ class Engine:
         """The step's losses, over all processes."""
         if self.row_step is not None and self.row_step.averaged:
             return self.row_step.averaged
-        return self._everyones or self._losses
+        if self.one_row_step is not None:
+            return self.one_row_step.averaged
+        return self._losses
 
     @property
     def _looks_at_losses(self) -> bool:
@@ -707,10 +731,8 @@ class Engine:
             return self.observed(losses.detached, roles)
         found = link.average(roles, losses)
         backward.shares = found.shares
-        entries = found.entries()
         self._counted = link.counts
-        self._everyones = added_entries(self._everyones, entries)
-        return self.observed(entries, roles)
+        return self.observed(found.entries(), roles)
 
     def _columns_of(self, block: Block) -> Columns:
         if self._columns is None or self._columns[0] is not block:
@@ -881,14 +903,15 @@ class Engine:
         status = self.solves.statuses.get("loss") if fresh else None
         flat_status = self.solves.statuses.get("flat") if fresh else None
         residual = None if status is None else status.residual
-        missing = clean.isnan()
+        known = loss_vector(self._all_losses(), device)  # of all processes, where the step has them
+        missing = self._missing(known)
 
         def shown(values: Tensor | None) -> Tensor | None:
             # a task that is missing has no weight of 0 and no gradient of length 0: it has none
             return None if values is None else torch.where(missing, torch.nan, values.to(device))
 
         self._record_args = dict(
-            losses=clean,
+            losses=known,
             weights=None if found is None else shown(found.weights),  # None: no weighted sum
             flat_weights=None if found is None else shown(found.flat),
             norms=shown(norms),
@@ -898,6 +921,12 @@ class Engine:
             flat_status=None if flat_status is None else _all_bits(flat_status.bits),
             residual=None if residual is None else residual.max(),
         )
+
+    def _missing(self, losses: Tensor) -> Tensor:
+        """bool [T], the tasks that have no loss in this step, on any process."""
+        if self.row_step is not None and self.row_step.there is not None:
+            return ~self.row_step.there.to(losses.device)
+        return losses.isnan()
 
     def _measure_gram(self, roles: Roles, found: Found | None, scale: Tensor | None) -> None:
         """Hands the Gram matrix of the task gradients, where the step has them, to the meters."""

@@ -9,6 +9,15 @@ from torch.autograd.graph import GradientEdge, Node
 
 from flatmtl.losses import Output
 
+# DistributedDataParallel(find_unused_parameters=True) ties all its outputs together in one node, which
+# hands every gradient on as it is.
+_SINK = "_DDPSinkBackward"
+Place = Node | tuple[Node, int]  # a node; of a sink one output
+
+
+def _place(node: Node, output: int) -> Place:
+    return (node, output) if node.name() == _SINK else node
+
 
 def _origin(output: Output) -> tuple[Node | None, Tensor | None]:
     """The node that made ``output``; or ``output`` itself where it is a leaf."""
@@ -31,20 +40,24 @@ def reached(
         A set for each output.
     """
     bit = {id(p): 1 << k for k, p in enumerate(params)}
-    masks: dict[Node, int] = dict.fromkeys(stop, 0)  # holds the nodes, so that they stay themselves
+    masks: dict[Place, int] = dict.fromkeys(
+        stop, 0
+    )  # holds the nodes, so that they stay themselves
 
-    def walk(start: Node) -> int:
+    def walk(start: Place) -> int:
         # Depth first; a node is finished once all that it leads to are.
         waiting = [start]
         while waiting:
-            node = waiting[-1]
-            if node in masks:
+            place = waiting[-1]
+            if place in masks:
                 waiting.pop()
                 continue
+            node, output = place if isinstance(place, tuple) else (place, None)
             if node.name() == "torch::autograd::AccumulateGrad":
                 masks[node] = bit.get(id(node.variable), 0)  # type: ignore[attr-defined]
                 continue
-            onward = [n for n, _ in node.next_functions if n is not None]
+            edges = node.next_functions if output is None else [node.next_functions[output]]
+            onward = [_place(n, k) for n, k in edges if n is not None]
             missing = [n for n in onward if n not in masks]
             if missing:
                 waiting.extend(missing)
@@ -52,13 +65,14 @@ def reached(
             mask = 0
             for n in onward:
                 mask |= masks[n]
-            masks[node] = mask
+            masks[place] = mask
         return masks[start]
 
     found = []
     for output in outputs:
         node, leaf = _origin(output)
-        mask = walk(node) if node is not None else bit.get(id(leaf), 0)
+        number = output.output_nr
+        mask = bit.get(id(leaf), 0) if node is None else walk(_place(node, number))
         found.append({k for k in range(len(params)) if mask >> k & 1})
     return found
 

@@ -28,6 +28,12 @@ class History:
     device (and wait for it). A step takes 8 (5 T + 3 + T (T + 1)/2) bytes: 192 for 3 tasks, 8 KB for
     40, 1.5 MB for 617 (the Gram matrix's upper triangle, of which the cosines are made on reading).
 
+    Where several processes train, every one of them has a history. Weights, norms, cosines, status and
+    residual are of the gradients of all, the same on each. So are the losses (means over all processes)
+    where the step sends them: with a weighting that looks at losses, and at steps of one backward pass
+    for all tasks (``weights_every``). At other steps the losses are this process's own, and so is the
+    sharpness at all steps.
+
     Args:
         capacity: how many steps are kept.
         tasks: the tasks' names, in order.

@@ -95,7 +95,7 @@ class Capture:
 
     def __init__(self, roles: Roles, *, partial: bool = False) -> None:
         self.roles = roles
-        self._partial = partial
+        self.partial = partial
         self._reached: set[int] = set()
         self._shared_sq: dict[int, Tensor] = {}
         self._own_sq: dict[int, Tensor] = {}
@@ -152,7 +152,7 @@ class Capture:
                 self._pack(task, grads)
 
     def _check_reaches(self, losses: TaskLosses, task: int, grads: Gradients) -> None:
-        if not self._partial and all(g is None for g in grads):
+        if not self.partial and all(g is None for g in grads):
             raise ValueError(
                 f"losses[{losses.names[task]!r}] must depend on a trainable parameter of the "
                 "optimizer, got one that reaches none"

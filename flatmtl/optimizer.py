@@ -342,12 +342,26 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError(
                 "optimizer must keep whole rows (shard_rows=False) for an AffinityProbe in exact mode"
             )
+        ranks = self._options.ranks
+        if ranks is not None and ranks.copies:
+            raise NotImplementedError("params must not be sharded (FSDP2) with an AffinityProbe")
+        if self._options.shard_rows and meter.options.push:
+            raise ValueError(
+                "optimizer must keep whole rows (shard_rows=False) for an AffinityProbe with momentum=True"
+            )
         self._engine.meters.append(meter)
+        self._compare_probes()
 
     def _detach(self, meter: Meter) -> None:
         if meter not in self._engine.meters:
             raise RuntimeError("the probe must be attached to be detached: it is not any more")
         self._engine.meters.remove(meter)
+        self._compare_probes()
+
+    def _compare_probes(self) -> None:
+        """Has the next step see to it that all processes that train together measure alike."""
+        if self._options.ranks is not None:
+            self._options.ranks.agreed = False
 
     # ------------------------------------------------------------ the base optimizer's own things
 

@@ -28,7 +28,6 @@ class Rows:
 
     Attributes:
         block: the shared parameters, with a row of ``jac`` for each task.
-        losses: float64 [T], at the parameters before the step; NaN for a task that is missing.
         finite: bool [T], whether the task has a loss and a finite gradient.
         present: the tasks that have a loss.
         inverse: float64 0-dim; the gradients are the rows times this (a loss scale).
@@ -36,7 +35,6 @@ class Rows:
     """
 
     block: Block
-    losses: Tensor
     finite: Tensor
     present: set[int]
     inverse: Tensor
@@ -84,7 +82,7 @@ def scaled(matrix: Tensor, lr: float | Tensor) -> Tensor:
     return matrix * (lr.to(matrix) if isinstance(lr, Tensor) else lr)
 
 
-def exact(
+def losses_ahead(
     rows: Rows,
     again: Again,
     way: LookAhead,
@@ -92,8 +90,8 @@ def exact(
     groups: Sequence[tuple[Sequence[int], Tensor]],
     *,
     momentum: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Z_ji = 1 - L_j(after a step on task i) / L_j(before), by taking the steps.
+) -> Tensor:
+    """L_j(after a step on task i), by taking the steps.
 
     Args:
         rows: the gradients.
@@ -105,18 +103,19 @@ def exact(
         momentum: whether a step without any gradient is too.
 
     Returns:
-        float64 [T, T]; [T, K], the joint steps; [T], the step without a gradient. The last two None
-        where none was asked for. Parameters are as they were, also after an exception.
+        float64 [T, T + K + 1]: after each task's step, the joint steps, the step without a gradient
+        (neither of the last two where none was asked for). Parameters are as they were, also after an
+        exception.
     """
-    block, before = rows.block, rows.losses
-    unknown = torch.full_like(before, torch.nan)
+    block = rows.block
+    unknown = torch.full_like(rows.finite, torch.nan, dtype=torch.float64)
     nothing = torch.full_like(rows.inverse, torch.nan)
 
     def after(row: Tensor, reached: Sequence[bool], sound: Tensor) -> Tensor:
         way.move(row, reached, torch.where(sound, rows.inverse, nothing))
         return torch.where(sound, again(), unknown)
 
-    columns, joint, alone = [], [], None
+    columns = []
     way.begin(lr)
     try:
         for task, reached in enumerate(rows.reached):
@@ -124,22 +123,38 @@ def exact(
             columns.append(after(block.jac[task], reached, rows.finite[task]) if there else unknown)
         for group, members in groups:
             if not rows.present.issuperset(group):
-                joint.append(unknown)
+                columns.append(unknown)
                 continue
             row = ops.combine(block.jac, members, block.empty())
             reached = [any(hits) for hits in zip(*(rows.reached[t] for t in group), strict=True)]
-            joint.append(after(row, reached, (rows.finite | (members == 0)).all()))
+            columns.append(after(row, reached, (rows.finite | (members == 0)).all()))
         if momentum:
             everything = [any(hits) for hits in zip(*rows.reached, strict=True)]
-            alone = after(block.empty().zero_(), everything, rows.finite.new_ones(()))
+            columns.append(after(block.empty().zero_(), everything, rows.finite.new_ones(())))
     finally:
         way.restore()
-    z = _fall(before, torch.stack(columns, 1))
-    of_groups = _fall(before, torch.stack(joint, 1)) if joint else None
-    return z, of_groups, None if alone is None else _fall(before, alone.unsqueeze(1)).squeeze(1)
+    return torch.stack(columns, 1)
 
 
-def _fall(before: Tensor, after: Tensor) -> Tensor:
-    """The relative fall of losses [T] -> [T, n]; NaN where a loss was not above zero."""
+def falls(
+    before: Tensor, after: Tensor, groups: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Z_ji = 1 - L_j(after a step on task i) / L_j(before); NaN where that was not above zero.
+
+    Args:
+        before: float64 [T].
+        after: [T, n], what ``losses_ahead`` gave.
+        groups: how many joint steps are in it.
+
+    Returns:
+        float64 [T, T]; [T, K], the joint steps; [T], the step without a gradient. The last two None
+        where there are none.
+    """
     start = torch.where(before > 0, before, torch.nan).unsqueeze(1)
-    return (start - after) / start
+    fall, tasks = (start - after) / start, len(before)
+    joint, alone = fall[:, tasks : tasks + groups], fall[:, tasks + groups :]
+    return (
+        fall[:, :tasks],
+        joint if groups else None,
+        alone.squeeze(1) if alone.numel() else None,
+    )

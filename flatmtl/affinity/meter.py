@@ -15,6 +15,7 @@ from flatmtl.affinity.look_ahead import LookAhead, OptimizerStep, PlainStep
 from flatmtl.affinity.tally import Tally
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
+from flatmtl.distributed.row_step import RowStep
 from flatmtl.jacobian import Captured
 from flatmtl.losses import TaskName, loss_vector
 from flatmtl.measures.gradients import gradient_cosines
@@ -102,6 +103,10 @@ class Meter:
         self._steps = 0  # measured in this epoch
         self._epochs: list[tuple[int, list[Tensor]]] = []
 
+    def facts(self) -> str:
+        """What must be the same on all processes that train together."""
+        return f"{self.options}, {self.steps} steps seen, the last measured {self._last}"
+
     @property
     def due(self) -> bool:
         """Whether the next step that has task gradients is measured."""
@@ -114,6 +119,7 @@ class Meter:
         losses: Sequence[Tensor | None],
         scale: Tensor | None,
         again: Callable[[], Sequence[Tensor | None]],
+        link: RowStep | None = None,
     ) -> None:
         """Measures what needs the task gradients themselves.
 
@@ -123,14 +129,18 @@ class Meter:
             losses: [T], detached.
             scale: of the gradients; None: 1.
             again: the losses of the same batch at the parameters as they are.
+            link: to the other processes that have parts of the batch: rows are means over all, losses are
+                this one's. None: there are none.
 
         Raises:
             ValueError: nothing is shared, or the learning rate is not one number.
+            RankFailedError: another process has failed.
         """
         kept, tasks = self.settle_tasks(roles.tasks), roles.tasks
         block = roles.shared
         if block is None:
-            self.check_all_seen({tasks[k] for k in captured.present})
+            # where the device is not read, ``present`` has tasks that no process may have had
+            self.check_all_seen({tasks[k] for k in captured.present if roles.knows([k])})
             return
         device = block.device
         before = loss_vector(losses, device)
@@ -141,17 +151,44 @@ class Meter:
         if self.options.push:
             push = self._momentum_products(block, inverse)
         finite = captured.shared_sq.to(device).isfinite()
-        if len(captured.present) < len(tasks):
+        if link is not None and link.there is not None:
+            finite = finite & link.there.to(device)
+        elif len(captured.present) < len(tasks):
             finite = finite & self._there(captured.present, len(tasks), device)
         # rows come in the order of an optimizer that may be younger than what was kept
         order = None if tasks == kept else [tasks.index(name) for name in kept]
+        table = before.unsqueeze(1)
+        if self.options.mode == "exact":
+            after = self._look_ahead(roles, captured, block, finite, inverse, lr, again)
+            table = torch.cat([table, after], 1)
+        if link is not None:
+            table = link.means(table)
+            before = table[:, 0].contiguous()
         self._seen = _Seen(before, finite, lr, push, order)
-        if self.options.mode == "first_order":
-            return
-        reach = roles.reach()
+        if self.options.mode == "exact":
+            self._seen.ahead = measure.falls(before, table[:, 1:], len(self.options.groups))
+
+    def columns(self, tasks: int) -> int:
+        """How many losses of each task ``at_rows`` needs the means of, where several processes train."""
+        options = self.options
+        if options.mode == "first_order":
+            return 1
+        return 1 + tasks + len(options.groups) + options.momentum
+
+    def _look_ahead(
+        self,
+        roles: Roles,
+        captured: Captured,
+        block: Block,
+        finite: Tensor,
+        inverse: Tensor,
+        lr: float | Tensor,
+        again: Callable[[], Sequence[Tensor | None]],
+    ) -> Tensor:
+        """The losses after each look ahead, float64 [T, n] (``measure.losses_ahead``)."""
+        reach, tasks, device = roles.reach(), roles.tasks, block.device
         rows = measure.Rows(
             block,
-            before,
             finite,
             captured.present,
             inverse,
@@ -161,7 +198,7 @@ class Meter:
         def once() -> Tensor:
             with torch.no_grad():
                 found = again()
-            gone = [tasks[task] for task in captured.present if found[task] is None]
+            gone = [tasks[task] for task in sorted(captured.here) if found[task] is None]
             if gone:
                 raise ValueError(
                     f"closure must return the losses of task(s) {gone} when called again, got None"
@@ -175,9 +212,9 @@ class Meter:
         ):
             members = self._members_in(roles.tasks, device)
             way, momentum = self._step_of(block), self.options.momentum
-            ahead = measure.exact(rows, once, way, lr, members, momentum=momentum)
+            after = measure.losses_ahead(rows, once, way, lr, members, momentum=momentum)
         self._watched = True
-        self._seen.ahead = ahead
+        return after
 
     def at_gram(self, gram: Tensor) -> None:
         """Measures what the Gram matrix tells, after ``at_rows``.

@@ -6,6 +6,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatmtl import amp, graph, ops
+from flatmtl.affinity.link import Link
 from flatmtl.affinity.look_ahead import has_momentum
 from flatmtl.affinity.meter import Meter, MeterOptions
 from flatmtl.affinity.overlap import sample_overlap
 from flatmtl.affinity.record import ORIENTATION, AffinityRecord
 from flatmtl.buffers import BufferKeeper
+from flatmtl.distributed.counts import Samples
+from flatmtl.distributed.ranks import ProcessGroup, Ranks, find_ranks
 from flatmtl.jacobian import Capture
 from flatmtl.losses import Losses, TaskLosses, TaskName, read_losses
 from flatmtl.replay import Generators
-from flatmtl.roles import Roles, named_shared
+from flatmtl.roles import Layout, Roles, named_shared
 from flatmtl.sharpness import check_whole
 from flatmtl.watch import outside
 
@@ -68,10 +72,17 @@ class AffinityProbe:
             given with a MultiTaskOptimizer, which knows them.
         model: the module whose buffers (BatchNorm statistics) looks ahead must leave alone. Not to be given
             with a MultiTaskOptimizer, which has it.
+        process_group: where several processes train together, each on its part of a batch: the group of
+            them. "model": found from ``model``, a DistributedDataParallel (or one that holds some). None:
+            this process measures what steps on its own part do. All measure what one process would on
+            the whole batch, and have the same record. Not to be given with a MultiTaskOptimizer, which
+            has it.
 
     Raises:
         TypeError, ValueError: an argument is none of the above; or the optimizer is a MultiTaskOptimizer
-            without a gradient for each task (``SAMO``, ``CoopFlat``, ``Representation``).
+            without a gradient for each task (``SAMO``, ``CoopFlat``, ``Representation``), or without whole
+            rows of them (``shard_rows``) in exact mode.
+        NotImplementedError: the parameters are sharded (FSDP2).
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class AffinityProbe:
         groups: Iterable[Sequence[TaskName]] = (),
         shared: Iterable[Tensor] | None = None,
         model: nn.Module | None = None,
+        process_group: ProcessGroup | Literal["model"] | None = "model",
     ) -> None:
         from flatmtl.optimizer import MultiTaskOptimizer  # which knows of probes
 
@@ -116,6 +128,10 @@ class AffinityProbe:
             raise ValueError(
                 "shared and model must not be given with a MultiTaskOptimizer, which has its own"
             )
+        if multi is not None and process_group != "model":
+            raise ValueError(
+                "process_group must not be given with a MultiTaskOptimizer, which has its own"
+            )
         base = optimizer if multi is None else multi.base_optimizer
         if look_ahead == "optimizer" and isinstance(base, torch.optim.LBFGS):
             raise ValueError("look_ahead must be 'sgd' with LBFGS, which steps with a closure only")
@@ -140,6 +156,11 @@ class AffinityProbe:
         self._reach: dict[Tensor, set[TaskName]] = {}  # parameter -> tasks that reach it
         self._roles: Roles | None = None
         self._meter = Meter(options, base, kept)
+        self._ranks = (
+            None if multi is not None else find_ranks(process_group, model, self._params())
+        )
+        if self._ranks is not None and self._ranks.copies:
+            raise NotImplementedError("params must not be sharded (FSDP2) with an AffinityProbe")
         if multi is not None:
             multi._attach(self._meter)
 
@@ -156,7 +177,11 @@ class AffinityProbe:
     # ------------------------------------------------------------ in a loop
 
     def __call__(
-        self, closure: Callable[[], Any], *, scaler: torch.amp.GradScaler | None = None
+        self,
+        closure: Callable[[], Any],
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        samples: Samples = None,
     ) -> Any:  # noqa: ANN401
         """Runs a forward pass, and measures if it is due.
 
@@ -165,11 +190,14 @@ class AffinityProbe:
                 to them (in either, None for a task that is missing from the batch), or a 1-D tensor. At a
                 measured step of exact mode it is called again, without gradients, for every task.
             scaler: the ``GradScaler`` of a float16 autocast region.
+            samples: where several processes train: how many samples this one's losses are means of, as in
+                ``MultiTaskOptimizer.step``.
 
         Returns:
             What the closure returned, its graph unused.
 
         Raises:
+            RankFailedError: another process failed in this step; everything is as before.
             RuntimeError: the optimizer is a MultiTaskOptimizer (its ``step`` measures), or a CUDA graph
                 is being captured.
             ValueError, TypeError: the losses do not fit; everything is as before.
@@ -189,19 +217,22 @@ class AffinityProbe:
         if before is None:
             raise RuntimeError("closure must not be measured while a CUDA graph is captured")
         self._before.save()
+        link = None if self._ranks is None else self._link(self._ranks, samples)
         try:
             returned = closure()
             after = generators.state()
             self._clean.save()  # a checkpointed layer updates its statistics in backward passes too
             try:
-                self._measure(closure, returned, scaler, lambda: generators.set(before))
+                self._measure(closure, returned, scaler, lambda: generators.set(before), link)
             finally:
                 self._clean.restore(unseen=True)
                 generators.set(after)
-        except BaseException:
+        except BaseException as failure:
             self._before.restore(unseen=True)
             generators.set(before)
             self._meter.drop()
+            if link is not None and isinstance(failure, Exception):
+                link.fail(failure)
             raise
         self._meter.made(None)
         return returned
@@ -212,65 +243,99 @@ class AffinityProbe:
         returned: Losses,
         scaler: torch.amp.GradScaler | None,
         rewind: Callable[[], None],
+        link: Link | None,
     ) -> None:
-        losses = read_losses(returned)
+        partial = link is not None  # others have losses too
+        losses = read_losses(returned, partial=partial)
         tasks = self._meter.settle_tasks(losses.names)
         losses = losses.in_order(tasks)
-        roles = self._roles_for(losses)
+        if link is None or link.asks:
+            self._look_at_graph(losses)
+        present = {losses.names[task] for task in losses.present}
+        if link is not None:
+            present = link.agree(tasks, present, self._reach)
+        roles = self._known_roles(tasks)
+        if link is not None and link.asks:
+            link.open(roles)
         if roles is None:
+            self._meter.check_all_seen(present)
             return
         scale = amp.scale_of(scaler, roles.params)
-        capture = Capture(roles, partial=True)
+        capture = Capture(roles, partial=True) if link is None else link.begin(roles)
         capture.add(losses, None, scale, retain_graph=True)
+        found = capture.finish() if link is None else link.rows()
 
         def again() -> Sequence[Tensor | None]:
             rewind()
             self._before.restore(unseen=True)  # what the forward pass began with
-            other = read_losses(closure(), graph=False)
+            with nullcontext() if link is None else link.ranks.quiet():
+                other = read_losses(closure(), graph=False, partial=partial)
             if set(other.names) != set(tasks):
                 raise ValueError(
                     f"closure must return the losses of tasks {tasks} when called again, got {other.names}"
                 )
             return other.in_order(tasks).detached
 
-        self._meter.at_rows(roles, capture.finish(), losses.detached, scale, again)
+        step = None if link is None else link.step
+        self._meter.at_rows(roles, found, losses.detached, scale, again, step)
         if roles.shared is not None:
             gram = ops.gram(roles.shared.jac)
             self._meter.at_gram(gram if scale is None else gram / scale.double().square())
 
-    def _roles_for(self, losses: TaskLosses) -> Roles | None:
+    def _trainable(self) -> list[Tensor]:
+        return [p for p in self._named or self._params() if p.requires_grad]
+
+    def _look_at_graph(self, losses: TaskLosses) -> None:
+        """Notes which parameters the tasks reach, where the shared ones are not named."""
+        if self._named is not None:
+            return
+        params = self._trainable()
+        if losses.together and not any(self._reach.values()):
+            warnings.warn(
+                "losses are entries of one tensor: every parameter that it depends on counts as shared. "
+                "Where tasks have parameters of their own, return a list of losses, or name the "
+                "shared parameters with shared=",
+                stacklevel=outside(),
+            )
+        # those that the optimizer has no more are let go
+        self._reach = {p: self._reach.get(p, set()) for p in self._params()}
+        outputs = [losses.output(task) for task in losses.present]
+        graph.check_checkpoints(outputs)
+        reached = graph.reached(outputs, params)
+        for task, hits in zip(losses.present, reached, strict=True):
+            for k in hits:
+                self._reach[params[k]].add(losses.names[task])
+
+    def _known_roles(self, tasks: list[TaskName]) -> Roles | None:
         """The shared parameters, with rows for their gradients; None while none is known to be shared."""
-        params = [p for p in self._named or self._params() if p.requires_grad]
+        params = self._trainable()
         if self._named is None:
-            if losses.together and not any(self._reach.values()):
-                warnings.warn(
-                    "losses are entries of one tensor: every parameter that it depends on counts as shared. "
-                    "Where tasks have parameters of their own, return a list of losses, or name the "
-                    "shared parameters with shared=",
-                    stacklevel=outside(),
-                )
-            # those that the optimizer has no more are let go
-            self._reach = {p: self._reach.get(p, set()) for p in self._params()}
-            outputs = [losses.output(task) for task in losses.present]
-            graph.check_checkpoints(outputs)
-            reached = graph.reached(outputs, params)
-            for task, hits in zip(losses.present, reached, strict=True):
-                for k in hits:
-                    self._reach[params[k]].add(losses.names[task])
-            least = min(2, len(losses.names))
-            params = [p for p in params if len(self._reach[p]) >= least]
+            least = min(2, len(tasks))
+            params = [p for p in params if len(self._reach.get(p, ())) >= least]
         if not params:
-            self._meter.check_all_seen({losses.names[task] for task in losses.present})
             return None
         roles = self._roles
         if (
             roles is None
-            or roles.tasks != losses.names  # another order: a state was loaded
+            or roles.tasks != tasks  # another order: a state was loaded
             or list(map(id, roles.params)) != list(map(id, params))
             or any(block.stale() for block in roles.blocks)
         ):
-            roles = self._roles = Roles(params, losses.names, params, _label)
+            layout = Layout(joined=self._ranks is not None)
+            roles = self._roles = Roles(params, tasks, params, _label, layout)
         return roles
+
+    def _link(self, ranks: Ranks, samples: Samples) -> Link:
+        """What goes between the processes at a measured step."""
+        tasks, params = self._meter.tasks, self._trainable()
+        link = Link(ranks, self._meter, samples, params)
+        reach = [self._reach.get(p, set()) for p in params]
+        every: set[TaskName] = set().union(*reach)
+        # else there is something to learn from further losses
+        known = self._named is not None or (all(reach) and every.issuperset(tasks or ()))
+        if ranks.agreed and tasks is not None and known:
+            link.open(self._known_roles(tasks))
+        return link
 
     def _params(self) -> list[Tensor]:
         return [p for group in self._base.param_groups for p in group["params"]]
@@ -358,7 +423,11 @@ class AffinityProbe:
                 f"state must be of an optimizer of {len(params)} parameters, got {len(reach)}"
             )
         self._meter.load_state_dict(state)
-        if self._multi is None:
+        if self._multi is not None:
+            self._multi._compare_probes()
+        else:
+            if self._ranks is not None:
+                self._ranks.agreed = False
             self._reach = {p: set(tasks) for p, tasks in zip(params, reach, strict=False)}
             self._roles = None
 

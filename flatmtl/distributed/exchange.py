@@ -12,9 +12,11 @@ from torch import Tensor
 from flatmtl.distributed.messages import Messages
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.distributed.sharded import ShardedRows
+from flatmtl.distributed.tables import average_table
 
 Stages = Sequence[Sequence[tuple[str, int]]]
 WHOLE = "whole"  # in place of a family: a row's parts are put together
+LOSSES = "losses"  # in place of a family: a table of losses
 FAILED = -1  # the last of a tail's elements; those before hold what each rank's row counts for
 
 
@@ -40,8 +42,9 @@ class Exchange:
     Args:
         ranks: the ranks.
         messages: the buffers, of whole rows or of parts.
-        stages: what is going to be sent, the name of a family of rows and a task each; between two
-            stages, ranks that can read the device without a wait look for marks.
+        stages: what is going to be sent, the name of a family of rows and a task each, or ``LOSSES`` and
+            the columns of a table; between two stages, ranks that can read the device without a wait look
+            for marks.
     """
 
     def __init__(self, ranks: Ranks, messages: Messages | ShardedRows, stages: Stages) -> None:
@@ -80,9 +83,20 @@ class Exchange:
         if failed:
             tails[:, FAILED].fill_(1)
 
-    def abandon(self, failure: Exception) -> None:
-        """This rank has failed: it sends, marked, what the others wait for."""
-        self._ranks.tell(failure)
+    @property
+    def done(self) -> bool:
+        """Whether all has been sent."""
+        return not any(self._stages)
+
+    def average(self, table: Tensor, counts: Sequence[float], *, failed: bool = False) -> Tensor:
+        """A table [T, n] of losses, averaged (``average_table``)."""
+        self._check_due(LOSSES, table.shape[1])
+        if not self._stages[0]:
+            self._stages.pop(0)
+        return average_table(self._ranks, table, counts, failed=failed)
+
+    def abandon(self) -> None:
+        """This rank has failed, and has told so: it sends, marked, what the others wait for."""
         reading = self._messages.device.type == "cpu"
         for stage in [s for s in self._stages if s][: 1 if reading else None]:
             self._stages = [stage]
@@ -92,7 +106,12 @@ class Exchange:
             self._ranks.wait(works)
 
     def _send_marked(self, name: str, task: int) -> None:
-        self.send(name, task, 0, failed=True)
+        if name == LOSSES:
+            tasks, device = self._messages.tasks, self._messages.device
+            none = torch.zeros(tasks, task, dtype=torch.float64, device=device)
+            self.average(none, [0.0] * tasks, failed=True)
+        else:
+            self.send(name, task, 0, failed=True)
 
     def arrive(self, name: str) -> Arrived:
         """Waits for a family of rows, and makes means of the sums."""

@@ -40,7 +40,7 @@ class Messages:
                 )
         self.dtype, self.device = first.row_dtype, first.device
         self.tail = ALIGNMENT // self.dtype.itemsize
-        self._tasks, self._both = tasks, both
+        self.tasks, self._both = tasks, both
         self._start = 0 if shared is None else shared.size
         self._behind = self._start + self.tail
         self._own = {task: block.size for task, block in own.items()}
@@ -54,7 +54,7 @@ class Messages:
     def _rows(self, name: str) -> Tensor:
         """The buffer [T, width], or [2 T, width] for "both"."""
         if name not in self._buffers:
-            rows = 2 * self._tasks if name == "both" else self._tasks
+            rows = 2 * self.tasks if name == "both" else self.tasks
             shape = (rows, self.width)
             self._buffers[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self._buffers[name]
@@ -63,7 +63,7 @@ class Messages:
         """[T, width], the buffer of "jac" or "sam", as halves of "both" where that is in use."""
         if self._both:
             both = self._rows("both")
-            return both[: self._tasks] if name == "jac" else both[self._tasks :]
+            return both[: self.tasks] if name == "jac" else both[self.tasks :]
         return self._rows(name)
 
     def _own_row(self, task: int, size: int, name: str) -> Tensor:

@@ -12,7 +12,8 @@ from flatmtl.distributed.agree import NOBODY, gather_failure
 from flatmtl.distributed.counts import Samples, counts_of
 from flatmtl.distributed.losses import Averaged, average
 from flatmtl.distributed.ranks import Ranks
-from flatmtl.losses import TaskLosses
+from flatmtl.distributed.row_step import RowStep
+from flatmtl.losses import TaskLosses, added_entries
 from flatmtl.roles import Roles
 from flatmtl.weighted import WeightedBackward
 
@@ -30,10 +31,14 @@ class OneRowStep:
         batches: how many micro-batches the step has.
         rows: how many rows of the shared parameters each message holds; two messages with a pass at
             perturbed parameters.
+        measuring: takes every task's row for probes, between the last of the losses and the row; None:
+            nothing is measured.
 
     Attributes:
         failed: 0-dim, above 0 where a rank has failed; None: no row has come yet.
+        measuring: as given.
         counts: what each task's loss counts for on this rank.
+        averaged: the losses over all ranks, added up over the micro-batches so far.
         shares: of each micro-batch, float64 [T]: the part that this rank's losses have in the means.
     """
 
@@ -44,14 +49,17 @@ class OneRowStep:
         samples: Samples,
         batches: int,
         rows: Sequence[int],
+        measuring: RowStep | None = None,
     ) -> None:
         self._ranks, self._roles, self._samples = ranks, roles, samples
         self._left, self._rows = batches, list(rows)
         self._counts: list[Tensor] = []
+        self.measuring = measuring
         self._told = False  # the ranks know each other's tasks of this micro-batch
         self.shares: list[Tensor] = []
         self.failed: Tensor | None = None
         self.counts: list[float] = []
+        self.averaged: list[Tensor | None] = []
         self._over = False
 
     @property
@@ -77,6 +85,7 @@ class OneRowStep:
         self.counts = [counts.get(task, 1.0) for task in range(len(roles.tasks))]
         self._left -= 1
         found = average(self._ranks, losses.detached, self.counts, roles.params[0].device)
+        self.averaged = added_entries(self.averaged, found.entries())
         self._told = False
         self._counts.append(found.counts)
         self.shares.append(found.shares)
@@ -150,6 +159,10 @@ class OneRowStep:
         if self._left and not (self._known or self._told):
             gather_failure(self._ranks, failure)
             return
+        measuring = self.measuring
+        if not self._left and measuring is not None and measuring.asks:
+            gather_failure(self._ranks, failure)
+            return
         assert roles is not None
         self._ranks.tell(failure)
         device, tasks = roles.params[0].device, len(roles.tasks)
@@ -158,6 +171,8 @@ class OneRowStep:
             average(self._ranks, [None] * tasks, [0.0] * tasks, device, failed=True)
             if reading:
                 return
+        if measuring is not None and measuring.abandon() and reading:
+            return
         own = sum(block.size for block in roles.own.values())
         size = 0 if roles.shared is None else roles.shared.size
         for count in list(self._rows):

@@ -11,7 +11,7 @@ from flatmtl.block import Block
 from flatmtl.distributed.agree import gather_failure
 from flatmtl.distributed.capture import RankedCapture
 from flatmtl.distributed.counts import Samples, counts_of
-from flatmtl.distributed.exchange import Arrived, Exchange, Stages
+from flatmtl.distributed.exchange import LOSSES, Arrived, Exchange, Stages
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.jacobian import Captured
@@ -28,12 +28,15 @@ class RowStep:
         losses: gives this rank's losses, where their means over all ranks are wanted too.
         perturbed: whether rows at perturbed parameters follow.
         local: the perturbations are those of this rank's own rows, which are sent after them.
+        tables: from the number of tasks, how many columns each table of losses has that ``means`` is going
+            to be given.
 
     Attributes:
         local: the same.
         capture: takes this rank's gradients.
         averaged: the losses over all ranks, once the last rows have come.
         failed: 0-dim, above 0 where a rank has failed; None: nothing has come yet.
+        there: bool [T], whether some rank has the task, once the averaged rows have come.
         grams: Gram matrices of whole rows, float64 [T, T], where this rank has a part of each.
     """
 
@@ -46,23 +49,43 @@ class RowStep:
         *,
         perturbed: bool,
         local: bool,
+        tables: Callable[[int], list[int]] = lambda _: [],
     ) -> None:
         self._ranks = ranks
         self._samples, self._losses = samples, losses
         self._perturbed, self.local = perturbed, perturbed and local
+        self._tables = tables
         self._known = ranks.agreed and roles is not None and roles.complete
         self._exchange: Exchange | None = None
         self._over = False
         self.capture: RankedCapture | None = None
         self.averaged: list[Tensor | None] = []
         self.failed: Tensor | None = None
+        self.there: Tensor | None = None
         self.grams: dict[str, Tensor] = {}
         if self._known:
             assert roles is not None
             self._open(roles)
 
     def _open(self, roles: Roles) -> None:
-        self._exchange = self._exchange_of(roles, self._stages(len(roles.tasks)))
+        tasks = len(roles.tasks)
+        first, *second = self._stages(tasks)
+        columns = [] if roles.shared is None else self._tables(tasks)
+        # a stage each: behind every one the ranks look for marks
+        self._exchange = self._exchange_of(
+            roles, [first, *([(LOSSES, n)] for n in columns), *second]
+        )
+
+    @property
+    def asks(self) -> bool:
+        """Whether the ranks are going to tell each other what their tasks reach."""
+        return self._exchange is None and not self._over
+
+    def know(self, roles: Roles) -> None:
+        """The ranks have agreed on the roles before the rows are taken."""
+        if not self._known and roles.complete:
+            self._known = True
+            self._open(roles)
 
     def _stages(self, tasks: int) -> Stages:
         if self.local:
@@ -74,11 +97,12 @@ class RowStep:
         assert roles.messages is not None
         return Exchange(self._ranks, roles.messages, stages)
 
-    def begin(self, roles: Roles, batches: int) -> RankedCapture:
-        """What takes this rank's gradients."""
+    def begin(self, roles: Roles, batches: int, *, partial: bool = False) -> RankedCapture:
+        """What takes this rank's gradients; ``partial`` as in ``Capture``."""
         at_once = None if self.local else self._exchange
         counts = counts_of(self._samples, roles.tasks)
         self.capture = self._capture_of(roles, batches, counts, at_once)
+        self.capture.partial = partial
         return self.capture
 
     def _capture_of(
@@ -142,8 +166,19 @@ class RowStep:
             norms[task].append(sq)
         return captured, norms
 
+    def means(self, table: Tensor) -> Tensor:
+        """Losses of this rank, float64 [T, n] -> their means over all ranks, NaN where none has the task.
+
+        Raises:
+            RankFailedError: a rank has failed.
+        """
+        assert self._exchange is not None
+        assert self.capture is not None
+        return self._exchange.average(table, self.capture.all_counts())
+
     def _captured(self, arrived: Arrived) -> Captured:
         assert self.capture is not None
+        self.there = arrived.counts > 0
         present = self.capture.present(arrived)
         shared_sq, own_sq = self._squares("jac", present)
         reached = self.capture.roles.reached_by(present)
@@ -161,7 +196,6 @@ class RowStep:
         return shared, {t: of(block)[0] for t, block in roles.own.items() if t in present}
 
     def _end(self) -> None:
-        self._over = True
         capture = self.capture
         if self._losses is not None and capture is not None:
             device, counts = capture.roles.params[0].device, capture.all_counts()
@@ -180,8 +214,17 @@ class RowStep:
         """This rank cannot go on: the others learn of it where they wait."""
         if self._over or self._ranks.broken:
             return
-        self._over = True
         if self._exchange is None:
+            self._over = True
             gather_failure(self._ranks, failure)
-        else:
-            self._exchange.abandon(failure)
+        elif not self._exchange.done:
+            self._ranks.tell(failure)
+            self.abandon()
+
+    def abandon(self) -> bool:
+        """This rank has failed, and has told so. Returns whether the others wait for something here."""
+        over, self._over = self._over, True
+        if over or self._exchange is None or self._exchange.done:
+            return False
+        self._exchange.abandon()
+        return True

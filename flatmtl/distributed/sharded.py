@@ -68,7 +68,7 @@ class ShardedRows:
         self.dtype, self.device = first.row_dtype, first.device
         self.tail = ALIGNMENT // self.dtype.itemsize
         self._shared, self._own = shared, dict(own)
-        self._tasks, self._ranks, self._rank = tasks, ranks, rank
+        self.tasks, self._ranks, self._rank = tasks, ranks, rank
         self._columns = 0 if shared is None else shared.size // ranks
         self._behind = self._columns + self.tail
         self._own_columns = {task: block.size // ranks for task, block in own.items()}
@@ -84,7 +84,7 @@ class ShardedRows:
     def _family(self, name: str) -> Tensor:
         """[T, width]."""
         if name not in self._buffers:
-            shape = (self._tasks, self._width)
+            shape = (self.tasks, self._width)
             self._buffers[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self._buffers[name]
 

@@ -110,10 +110,13 @@ class ShardedStep(RowStep):
         *,
         perturbed: bool,
         second: Second,
+        tables: Callable[[int], list[int]] = lambda _: [],
     ) -> None:
         self._second = second
         self.whole: tuple[Tensor | None, Tensor | None] = (None, None)
-        super().__init__(ranks, roles, samples, losses, perturbed=perturbed, local=False)
+        super().__init__(
+            ranks, roles, samples, losses, perturbed=perturbed, local=False, tables=tables
+        )
 
     def _stages(self, tasks: int) -> Stages:
         first = [("jac", task) for task in range(tasks)]

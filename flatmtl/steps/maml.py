@@ -45,6 +45,8 @@ def maml(engine: Engine, strategy: MAML, passes: Passes, scale: Tensor | None) -
     )  # fmt: skip
     if engine.row_step is not None:
         captured, norms = engine.row_step.perturbed_rows(captured)
+        if engine.row_step.local:
+            engine.measure(passes, roles, captured, scale)
     found = take_perturbed(
         engine,
         roles,

@@ -33,6 +33,8 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
             roles: Roles = roles, losses: TaskLosses = losses, so_far: WeightedBackward = backward
         ) -> Tensor | None:
             follow(roles, losses, [(so_far, _update)], link)
+            if link is not None and link.measuring is not None:
+                link.measuring.know(roles)
             return _update(roles)
 
         if link is not None and link.asks is not None:
@@ -87,14 +89,16 @@ def _measured(
     engine: Engine, passes: Passes, roles: Roles, losses: TaskLosses, scale: Tensor | None
 ) -> Tensor | None:
     """The Gram matrix of the task gradients, taken for the probes; the graph stays."""
+    link = None if engine.one_row_step is None else engine.one_row_step.measuring
     if len(passes) > 1 or (isinstance(engine.capture, WeightedBackward) and engine.capture.present):
         raise ValueError(
             "losses must be of one micro-batch a step where an AffinityProbe measures with a loss-space "
             "weighting, got several"
         )
-    capture = Capture(roles)
+    capture = Capture(roles) if link is None else link.begin(roles, 1)
     capture.add(losses, None, scale, retain_graph=True)
-    engine.measure(passes, roles, capture.finish(), scale)
+    found = capture.finish() if link is None else link.rows()
+    engine.measure(passes, roles, found, scale)
     return None if roles.shared is None else engine.families(scale).gram(roles.shared.jac)
 
 

@@ -40,6 +40,8 @@ def sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) ->
     after, norms = perturbed_passes(engine, passes, roles, moving, move, scale)
     if link is not None:
         captured, norms = link.perturbed_rows(captured)
+        if link.local:
+            engine.measure(passes, roles, captured, scale)
         finite = engine.finite_tasks(roles, captured.shared_sq, captured.own_sq)
     finite = with_perturbed(roles, finite, norms)
     engine.check_finite(roles, finite, scale)
