@@ -23,6 +23,7 @@ from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks
 from flatmtl.distributed.row_step import RowStep
+from flatmtl.distributed.samo_step import SamoStep
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
@@ -43,7 +44,7 @@ from flatmtl.steps.coop import coop
 from flatmtl.steps.maml import maml
 from flatmtl.steps.one_pass import one_pass
 from flatmtl.steps.plain import plain
-from flatmtl.steps.represented import represented
+from flatmtl.steps.represented import message, represented
 from flatmtl.steps.samo import samo
 from flatmtl.steps.sharp import sharp
 from flatmtl.strategies import MAML, CoopFlat, Strategy
@@ -95,6 +96,7 @@ class Engine:
         meters: measure affinities at the steps that have task gradients.
         row_step: what goes between several processes at a step with a row a task, while it is made.
         one_row_step: the same for a step with one row.
+        samo_step: the same for one with SAMO.
         lost: tasks of this step whose loss was not finite, left out of the one backward pass.
     """
 
@@ -137,6 +139,7 @@ class Engine:
         self._guarded = False  # the buffers before the step are kept
         self.row_step: RowStep | None = None
         self.one_row_step: OneRowStep | None = None
+        self.samo_step: SamoStep | None = None
         self._record_args: dict[str, Any] | None = None  # for the history, once stepped
         # parameters, the .grad they were given, and its version
         self._written: list[tuple[Tensor, Tensor, int]] = []
@@ -279,6 +282,8 @@ class Engine:
         link = self._link_of(ranks, groups, samples, batches_of(given))
         if isinstance(link, RowStep):
             self.row_step = link
+        elif isinstance(link, SamoStep):
+            self.samo_step, self.one_row_step = link, link.clean
         else:
             self.one_row_step = link
         try:
@@ -291,7 +296,7 @@ class Engine:
         finally:
             if isinstance(link, RowStep) and link.capture is not None:
                 self._counted = link.capture.all_counts()
-            self.row_step = self.one_row_step = None
+            self.row_step = self.one_row_step = self.samo_step = None
 
     def _link_of(
         self,
@@ -299,7 +304,7 @@ class Engine:
         groups: Sequence[dict[str, Any]],
         samples: Samples,
         batches: int,
-    ) -> RowStep | OneRowStep:
+    ) -> RowStep | OneRowStep | SamoStep:
         """What the ranks are going to send each other at the next step."""
         options = self.options
         apart, reuse = self._kind(self._radii(groups))
@@ -309,11 +314,18 @@ class Engine:
             decomposed = _aggregates(options.sharpness, "decomposed")
             rows = [1] if apart else [1 + decomposed, 1]
             return OneRowStep(ranks, self.roles, samples, batches, rows)
+        if not apart and isinstance(options.sharpness, SAMO):
+            return SamoStep(ranks, self.roles, samples, batches)
+        if options.strategy is None and isinstance(options.jacobian, Representation):
+            return OneRowStep(ranks, self.roles, samples, batches, [1], message)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
         looks = self._looks_at_losses
         losses = (lambda: self._losses) if looks else None
-        return RowStep(ranks, self.roles, samples, losses, perturbed=perturbed, local=local)
+        twice = isinstance(options.strategy, MAML) and not options.strategy.first_order
+        return RowStep(
+            ranks, self.roles, samples, losses, perturbed=perturbed, local=local, twice=twice
+        )
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What must be the same on all ranks."""
@@ -651,9 +663,13 @@ class Engine:
         found = link.average(roles, losses)
         backward.shares = found.shares
         entries = found.entries()
-        self._counted = link.counts
-        self._everyones = added_entries(self._everyones, entries)
+        self.heard(entries, link.counts)
         return self.observed(entries, roles)
+
+    def heard(self, losses: Sequence[Tensor | None], counts: list[float]) -> None:
+        """A micro-batch's losses over all processes, and what this one's count for."""
+        self._counted = counts
+        self._everyones = added_entries(self._everyones, losses)
 
     def _columns_of(self, block: Block) -> Columns:
         if self._columns is None or self._columns[0] is not block:

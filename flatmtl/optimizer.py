@@ -191,7 +191,7 @@ class MultiTaskOptimizer(Optimizer):
                 row_dtype=row_dtype,
             )
         if ranks is not None:
-            _check_ranks(sharpness, how, base_optimizer)
+            _check_ranks(sharpness, how, weighting, sync_perturbation, base_optimizer)
         _check_method(weighting, sharpness or strategy, how, weights_every, weights_per)
         # The hooks' registries only: param_groups, state and defaults are the base optimizer's.
         super().__init__([torch.empty(0)], {})
@@ -567,15 +567,21 @@ class MultiTaskOptimizer(Optimizer):
         return {"finite": finite, **engine.solves.statuses}
 
 
-def _check_ranks(sharpness: Sharpness | Strategy | None, how: object, base: Optimizer) -> None:
+def _check_ranks(
+    sharpness: Sharpness | Strategy | None,
+    how: object,
+    weighting: Weighting,
+    sync: bool,
+    base: Optimizer,
+) -> None:
     """Raises NotImplementedError for what several processes do not know yet."""
     what = None
-    if isinstance(sharpness, (SAMO, CoopFlat)) or (
-        isinstance(sharpness, MAML) and not sharpness.first_order
-    ):
+    if isinstance(sharpness, CoopFlat):
         what = f"sharpness={sharpness!r}"
-    elif isinstance(how, Representation):
-        what = f"jacobian={how!r}"
+    elif isinstance(sharpness, SAMO) and not sync:
+        what = "SAMO and sync_perturbation=False"
+    elif isinstance(how, Representation) and isinstance(weighting, RowMethod):
+        what = f"jacobian={how!r} and {type(weighting).__name__}"
     if what is not None:
         raise NotImplementedError(f"process_group must be None (one process) with {what}")
     if any(is_sharded(p) for group in base.param_groups for p in group["params"]):

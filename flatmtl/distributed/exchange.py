@@ -77,6 +77,10 @@ class Exchange:
             self._stages = [stage]
             for name, task in list(stage):
                 self.send(name, task, 0, failed=True)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until all that was sent has arrived, for a rank that makes nothing of it."""
         for works in self._works.values():
             self._ranks.wait(works)
 

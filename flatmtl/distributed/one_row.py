@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class OneRowStep:
         batches: how many micro-batches the step has.
         rows: how many rows of the shared parameters each message holds; two messages with a pass at
             perturbed parameters.
+        extra: T -> how many numbers are added up with the losses.
 
     Attributes:
         counts: what each task's loss counts for on this rank.
@@ -43,8 +44,10 @@ class OneRowStep:
         samples: Samples,
         batches: int,
         rows: Sequence[int],
+        extra: Callable[[int], int] = lambda tasks: 0,
     ) -> None:
         self._ranks, self._roles, self._samples = ranks, roles, samples
+        self._extra = extra
         self._left, self._rows = batches, list(rows)
         self._counts: list[Tensor] = []
         self._told = False  # the ranks know each other's tasks of this micro-batch
@@ -65,8 +68,18 @@ class OneRowStep:
         """The ranks have told each other what their tasks reach, in this micro-batch."""
         self._roles, self._told = roles, True
 
-    def average(self, roles: Roles, losses: TaskLosses) -> Averaged:
-        """The losses of a micro-batch over all ranks.
+    def counts_here(self, losses: TaskLosses) -> list[float]:
+        """What each task's loss of a micro-batch counts for; 0 for one that is missing."""
+        counts = counts_of(self._samples, losses.names)
+        return [
+            0.0 if loss is None else counts.get(task, 1.0)
+            for task, loss in enumerate(losses.detached)
+        ]
+
+    def average(
+        self, roles: Roles, losses: TaskLosses, extra: Sequence[Tensor] = ()
+    ) -> Averaged:
+        """The losses of a micro-batch over all ranks, and the sums of ``extra`` (float64 1-D each).
 
         Raises:
             RankFailedError: a rank has failed.
@@ -74,7 +87,8 @@ class OneRowStep:
         counts = counts_of(self._samples, roles.tasks)
         self.counts = [counts.get(task, 1.0) for task in range(len(roles.tasks))]
         self._left -= 1
-        found = average(self._ranks, losses.detached, self.counts, roles.params[0].device)
+        device = roles.params[0].device
+        found = average(self._ranks, losses.detached, self.counts, device, extra=extra)
         self._told = False
         self._counts.append(found.counts)
         self.shares.append(found.shares)
@@ -137,30 +151,36 @@ class OneRowStep:
             raise ValueError(NOBODY)
         return present
 
-    def fail(self, failure: Exception) -> None:
-        """This rank cannot go on: the others learn of it where they wait."""
+    def fail(self, failure: Exception) -> bool:
+        """This rank cannot go on: the others learn of it where they wait.
+
+        Returns:
+            Whether messages carry the news; False: the others have stopped before them.
+        """
         if self._over or self._ranks.broken:
-            return
+            return False
         self._over = True
         roles = self._roles
         if self._left and not (self._known or self._told):
             gather_failure(self._ranks, failure)
-            return
+            return False
         assert roles is not None
         self._ranks.tell(failure)
         device, tasks = roles.params[0].device, len(roles.tasks)
         reading = device.type == "cpu"
         for _ in range(self._left):
-            average(self._ranks, [None] * tasks, [0.0] * tasks, device, failed=True)
+            zeros = [torch.zeros(self._extra(tasks), dtype=torch.float64, device=device)]
+            average(self._ranks, [None] * tasks, [0.0] * tasks, device, extra=zeros, failed=True)
             if reading:
-                return
+                return True
         own = sum(block.size for block in roles.own.values())
         size = 0 if roles.shared is None else roles.shared.size
         for count in list(self._rows):
             zeros = torch.zeros(count * size + own, dtype=self._dtype, device=device)
             self._add_up([zeros], failed=True)
             if reading:
-                return
+                break
+        return True
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -26,6 +26,7 @@ class RowStep:
         losses: gives this rank's losses, where their means over all ranks are wanted too.
         perturbed: whether rows at perturbed parameters follow.
         local: the perturbations are those of this rank's own rows, which are sent after them.
+        twice: from the averaged rows at perturbed parameters others are made, which are averaged too.
 
     Attributes:
         local: the same.
@@ -42,10 +43,12 @@ class RowStep:
         *,
         perturbed: bool,
         local: bool,
+        twice: bool = False,
     ) -> None:
         self._ranks = ranks
         self._samples, self._losses = samples, losses
         self._perturbed, self.local = perturbed, perturbed and local
+        self._twice = twice and not self.local
         self._known = ranks.agreed and roles is not None and roles.complete
         self._exchange: Exchange | None = None
         self._over = False
@@ -62,7 +65,7 @@ class RowStep:
         if self.local:
             stages = [[(name, task) for task in tasks for name in ("jac", "sam")]]
         elif self._perturbed:
-            stages.append([("sam", task) for task in tasks])
+            stages += [[("sam", task) for task in tasks] for _ in range(1 + self._twice)]
         self._exchange = Exchange(self._ranks, roles.messages, stages)
 
     def begin(self, roles: Roles, batches: int) -> RankedCapture:
@@ -106,6 +109,14 @@ class RowStep:
         assert self._exchange is not None
         assert self.capture is not None
         self._exchange.send("sam", task, self.capture.counts(task))
+
+    def first_rows(self) -> None:
+        """The rows at the perturbed parameters <- their means, for others to be made of them.
+
+        Raises:
+            RankFailedError: a rank has failed.
+        """
+        self._arrive("sam")
 
     def perturbed_rows(self, captured: Captured) -> tuple[Captured, dict[int, list[Tensor]]]:
         """The averaged rows at the parameters, and the squared norms of those at the perturbed ones.
