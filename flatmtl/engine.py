@@ -24,6 +24,7 @@ from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.samo_step import SamoStep
+from flatmtl.distributed.turn_step import TurnStep
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
@@ -97,6 +98,7 @@ class Engine:
         row_step: what goes between several processes at a step with a row a task, while it is made.
         one_row_step: the same for a step with one row.
         samo_step: the same for one with SAMO.
+        turn_step: the same for one with CoopFlat.
         lost: tasks of this step whose loss was not finite, left out of the one backward pass.
     """
 
@@ -140,6 +142,7 @@ class Engine:
         self.row_step: RowStep | None = None
         self.one_row_step: OneRowStep | None = None
         self.samo_step: SamoStep | None = None
+        self.turn_step: TurnStep | None = None
         self._record_args: dict[str, Any] | None = None  # for the history, once stepped
         # parameters, the .grad they were given, and its version
         self._written: list[tuple[Tensor, Tensor, int]] = []
@@ -284,6 +287,8 @@ class Engine:
             self.row_step = link
         elif isinstance(link, SamoStep):
             self.samo_step, self.one_row_step = link, link.clean
+        elif isinstance(link, TurnStep):
+            self.turn_step = link
         else:
             self.one_row_step = link
         try:
@@ -296,7 +301,7 @@ class Engine:
         finally:
             if isinstance(link, RowStep) and link.capture is not None:
                 self._counted = link.capture.all_counts()
-            self.row_step = self.one_row_step = self.samo_step = None
+            self.row_step = self.one_row_step = self.samo_step = self.turn_step = None
 
     def _link_of(
         self,
@@ -314,6 +319,9 @@ class Engine:
             decomposed = _aggregates(options.sharpness, "decomposed")
             rows = [1] if apart else [1 + decomposed, 1]
             return OneRowStep(ranks, self.roles, samples, batches, rows)
+        if isinstance(options.strategy, CoopFlat):
+            turn = functools.partial(options.strategy.turn, self.steps)
+            return TurnStep(ranks, self.roles, samples, batches, turn)
         if not apart and isinstance(options.sharpness, SAMO):
             return SamoStep(ranks, self.roles, samples, batches)
         if options.strategy is None and isinstance(options.jacobian, Representation):

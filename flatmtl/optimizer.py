@@ -576,9 +576,7 @@ def _check_ranks(
 ) -> None:
     """Raises NotImplementedError for what several processes do not know yet."""
     what = None
-    if isinstance(sharpness, CoopFlat):
-        what = f"sharpness={sharpness!r}"
-    elif isinstance(sharpness, SAMO) and not sync:
+    if isinstance(sharpness, SAMO) and not sync:
         what = "SAMO and sync_perturbation=False"
     elif isinstance(how, Representation) and isinstance(weighting, RowMethod):
         what = f"jacobian={how!r} and {type(weighting).__name__}"

@@ -79,6 +79,8 @@ class Roles:
         owner: position of a parameter -> the task whose own it is.
         settled: whether the blocks are laid out.
         messages: the buffers of rows where they are joined.
+        of_turn: task -> what its gradient reaches, whatever its role, as far as ranks have told each other
+            (CoopFlat).
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Roles:
         self.owner: dict[int, int] = {}
         self.settled = False
         self.messages: Messages | None = None
+        self.of_turn: dict[int, set[int]] = {}
 
     def _is_shared(self, k: int) -> bool:
         if self._named is not None:

@@ -119,7 +119,9 @@ class OneRowStep:
             if task not in backward.own_sq:
                 row.zero_()
         self._add_up([*shared, *own.values()])
-        present = self._present(roles)
+        present = self.present(roles)
+        if not present:
+            raise ValueError(NOBODY)
         if shared:
             backward.shared_sq = ops.row_norms(shared[0].unsqueeze(0))[0].square()
         backward.own_sq = {
@@ -142,14 +144,17 @@ class OneRowStep:
         for row, part in zip(rows, message.split([*(r.numel() for r in rows), 1]), strict=False):
             row.copy_(part)
 
-    def _present(self, roles: Roles) -> set[int]:
+    def _length(self, roles: Roles, rows: int) -> int:
+        """Of the message with so many rows."""
+        shared = 0 if roles.shared is None else roles.shared.size
+        return rows * shared + sum(block.size for block in roles.own.values())
+
+    def present(self, roles: Roles) -> set[int]:
+        """The tasks that have had a loss on some rank (known on the CPU only; elsewhere all)."""
         counts = torch.stack(self._counts).sum(0)
         if counts.device.type != "cpu":
             return set(range(len(roles.tasks)))
-        present = {task for task, n in enumerate(counts.tolist()) if n > 0}
-        if not present:
-            raise ValueError(NOBODY)
-        return present
+        return {task for task, n in enumerate(counts.tolist()) if n > 0}
 
     def fail(self, failure: Exception) -> bool:
         """This rank cannot go on: the others learn of it where they wait.
@@ -173,10 +178,8 @@ class OneRowStep:
             average(self._ranks, [None] * tasks, [0.0] * tasks, device, extra=zeros, failed=True)
             if reading:
                 return True
-        own = sum(block.size for block in roles.own.values())
-        size = 0 if roles.shared is None else roles.shared.size
         for count in list(self._rows):
-            zeros = torch.zeros(count * size + own, dtype=self._dtype, device=device)
+            zeros = torch.zeros(self._length(roles, count), dtype=self._dtype, device=device)
             self._add_up([zeros], failed=True)
             if reading:
                 break
