@@ -86,6 +86,15 @@ class Ranks:
 
     # ------------------------------------------------------------ the replicas
 
+    def watch(self, model: nn.Module) -> None:
+        """The DistributedDataParallel modules in it are replicas too.
+
+        Raises:
+            ValueError: one cannot be trained so.
+        """
+        known = set(map(id, self.replicas))
+        self.replicas += [module for module in replicas_in(model) if id(module) not in known]
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Passes inside start no collective of the replicas' own.
@@ -167,14 +176,7 @@ def find_ranks(process_group: object, model: nn.Module | None, alone: str = "Non
         )
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    modules = [] if model is None else list(model.modules())
-    replicas = [m for m in modules if isinstance(m, DistributedDataParallel)]
-    for module in replicas:
-        if module.static_graph:
-            raise ValueError(
-                "model must be a DistributedDataParallel without static_graph=True, whose hooks count "
-                "backward passes: a step has one for every task"
-            )
+    replicas = [] if model is None else replicas_in(model)
     group = process_group
     if group == "model":
         groups = {id(m.process_group): m.process_group for m in replicas}
@@ -194,3 +196,19 @@ def find_ranks(process_group: object, model: nn.Module | None, alone: str = "Non
             return None
     assert isinstance(group, dist.ProcessGroup)
     return Ranks(group, replicas) if dist.get_world_size(group) > 1 else None
+
+
+def replicas_in(model: nn.Module) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules that a model is or holds.
+
+    Raises:
+        ValueError: one cannot be trained with a backward pass a task.
+    """
+    replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    for module in replicas:
+        if module.static_graph:
+            raise ValueError(
+                "model must be a DistributedDataParallel without static_graph=True, whose hooks count "
+                "backward passes: a step has one for every task"
+            )
+    return replicas
