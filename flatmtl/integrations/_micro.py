@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -12,18 +12,17 @@ from flatmtl.optimizer import MultiTaskOptimizer
 
 
 def check_processes(
-    optimizer: MultiTaskOptimizer, processes: int, models: Iterable[nn.Module]
+    optimizer: MultiTaskOptimizer, processes: int, model: nn.Module | None
 ) -> None:
     """Has the optimizer know the replicas of its model, which may have been made after it.
 
     Args:
         optimizer: the optimizer.
         processes: how many train.
-        models: as they were wrapped for them.
+        model: as it was wrapped for them.
 
     Raises:
-        ValueError: the optimizer does not train over all of them, or no model is a
-            DistributedDataParallel.
+        ValueError: the optimizer does not train over all of them, or no model is a DistributedDataParallel.
     """
     ranks = optimizer._options.ranks
     size = 1 if ranks is None else ranks.size
@@ -34,11 +33,12 @@ def check_processes(
         )
     if ranks is None:
         return
-    for model in models:
+    if model is not None:
         ranks.watch(model)
     if not ranks.replicas:
         raise ValueError(
-            "model must be a DistributedDataParallel by now where several processes train, got none"
+            "model must be given as it was wrapped in a DistributedDataParallel where several processes "
+            f"train, got {'none' if model is None else type(model).__name__}"
         )
 
 

@@ -21,7 +21,7 @@ class Backward:
     ::
 
         model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-        backward = flatmtl.integrations.accelerate.Backward(accelerator, optimizer)
+        backward = flatmtl.integrations.accelerate.Backward(accelerator, optimizer, model)
         for batch in loader:
             with accelerator.accumulate(model):
                 losses = backward(task_losses, model, batch)  # task_losses(model, batch, tasks=...)
@@ -43,21 +43,27 @@ class Backward:
     Args:
         accelerator: the ``accelerate.Accelerator``.
         optimizer: what ``accelerator.prepare`` made of a ``MultiTaskOptimizer``.
+        model: what it made of the model; where several processes train.
 
     Raises:
         TypeError: it was not made of one.
-        ValueError: there are several processes, and ``process_group`` is not that of all of them, or the
-            model was not prepared before.
+        ValueError: there are several processes, and ``process_group`` is not that of all of them, or
+            ``model`` is missing.
     """
 
-    def __init__(self, accelerator: Any, optimizer: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        accelerator: Any,  # noqa: ANN401
+        optimizer: Any,  # noqa: ANN401
+        model: torch.nn.Module | None = None,
+    ) -> None:
         multitask = getattr(optimizer, "optimizer", None)
         if not isinstance(multitask, MultiTaskOptimizer):
             raise TypeError(
                 "optimizer must be what accelerator.prepare made of a flatmtl.MultiTaskOptimizer, got "
                 + type(optimizer).__name__
             )
-        check_processes(multitask, accelerator.num_processes, accelerator._models)
+        check_processes(multitask, accelerator.num_processes, model)
         self._keeps = accelerator.num_processes > 1
         self._accelerator, self._accelerated, self._optimizer = accelerator, optimizer, multitask
         self._kept: list[Callable[..., Losses]] = []  # of a step that is not complete yet

@@ -131,7 +131,7 @@ class MultiTaskMixin:
             raise TypeError(
                 f"configure_optimizers must return one flatmtl.MultiTaskOptimizer, got {got}"
             )
-        check_processes(optimizer, self.trainer.world_size, [self.trainer.model])
+        check_processes(optimizer, self.trainer.world_size, self.trainer.model)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         by = check_whole("accumulate_grad_batches", self.accumulate_grad_batches, 1)
         closures = [divided(self._closure(batch), by) for batch in batches]
