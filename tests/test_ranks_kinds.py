@@ -110,9 +110,7 @@ def train(
                 raise ValueError(f"call {calls[0]} of step {step}")
             found: list[torch.Tensor | None] = []
             for task in TASKS:
-                if task not in tasks or (
-                    rank is not None and lacks(case, step, task, rank, size)
-                ):
+                if task not in tasks or (rank is not None and lacks(case, step, task, rank, size)):
                     found.append(None)
                     continue
                 mine = range(size) if rank is None else [rank]
@@ -259,6 +257,7 @@ def test_maml_with_inner_steps_of_each_rank(ranks, rng):
 @pytest.mark.parametrize("kind", ["representation", "samo", "maml", "coop"])
 def test_what_goes_between_the_ranks(ranks, rng, kind):
     tasks = len(TASKS)
+
     def row(*sizes: int) -> int:
         """Bytes of parameters of these sizes, each padded to a multiple of 64."""
         return sum(-(-size * DOUBLE // 64) * 64 for size in sizes)

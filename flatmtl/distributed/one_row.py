@@ -76,9 +76,7 @@ class OneRowStep:
             for task, loss in enumerate(losses.detached)
         ]
 
-    def average(
-        self, roles: Roles, losses: TaskLosses, extra: Sequence[Tensor] = ()
-    ) -> Averaged:
+    def average(self, roles: Roles, losses: TaskLosses, extra: Sequence[Tensor] = ()) -> Averaged:
         """The losses of a micro-batch over all ranks, and the sums of ``extra`` (float64 1-D each).
 
         Raises:
@@ -179,8 +177,8 @@ class OneRowStep:
             if reading:
                 return True
         for count in list(self._rows):
-            zeros = torch.zeros(self._length(roles, count), dtype=self._dtype, device=device)
-            self._add_up([zeros], failed=True)
+            row = torch.zeros(self._length(roles, count), dtype=self._dtype, device=device)
+            self._add_up([row], failed=True)
             if reading:
                 break
         return True

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
+from flatmtl.distributed.capture import squares
 from flatmtl.distributed.counts import Samples, counts_of
 from flatmtl.distributed.exchange import Exchange
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks
-from flatmtl.distributed.row_step import squares
 from flatmtl.roles import Roles
 
 _RISE, _ROW = "rise", "sam"
@@ -31,9 +28,7 @@ class SamoStep:
         clean: sends the losses and the mean gradient.
     """
 
-    def __init__(
-        self, ranks: Ranks, roles: Roles | None, samples: Samples, batches: int
-    ) -> None:
+    def __init__(self, ranks: Ranks, roles: Roles | None, samples: Samples, batches: int) -> None:
         self._ranks, self._samples = ranks, samples
         self.clean = OneRowStep(ranks, roles, samples, batches, [1])
         self._roles = roles

@@ -11,9 +11,7 @@ from flatmtl.losses import Losses
 from flatmtl.optimizer import MultiTaskOptimizer
 
 
-def check_processes(
-    optimizer: MultiTaskOptimizer, processes: int, model: nn.Module | None
-) -> None:
+def check_processes(optimizer: MultiTaskOptimizer, processes: int, model: nn.Module | None) -> None:
     """Has the optimizer know the replicas of its model, which may have been made after it.
 
     Args:

@@ -83,8 +83,8 @@ class Backward:
 
         Args:
             losses: the losses of this batch, or a function that computes them (with sharpness or an
-                exact probe, always, and where several processes accumulate batches); it may take ``tasks=``, as a closure of ``MultiTaskOptimizer.step``
-                does.
+                exact probe, always, and where several processes accumulate batches); it may take
+                ``tasks=``, as a closure of ``MultiTaskOptimizer.step`` does.
             *args: what the function is called with. They are bound here and now: a function that finds
                 the batch in a name of the loop would find a later one.
             **options: the same.

@@ -117,13 +117,10 @@ def _over_ranks(
     G_ij = sum_r c_ri c_rj <g_ri, g_rj>, and c_ri = n_ri / sum_r n_ri.
     """
     tasks = len(roles.tasks)
-    squares, own_sq = _rows(roles, losses, features, scale)
+    _, own_sq = _rows(roles, losses, features, scale)
     device = roles.params[0].device
     counts = torch.stack(
-        [
-            torch.full((), n, dtype=torch.float64, device=device)
-            for n in link.counts_here(losses)
-        ]
+        [torch.full((), n, dtype=torch.float64, device=device) for n in link.counts_here(losses)]
     )
     gram = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
     if features.tensors:

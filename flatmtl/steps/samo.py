@@ -46,7 +46,7 @@ def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> 
     finite = engine.finite_tasks(roles, mean.shared_norm(), mean.own_sq)
     engine.check_finite(roles, finite, scale)
 
-    def rise(task: int, here: Tensor | None) -> Tensor | None:
+    def rise(task: int, here: Tensor) -> Tensor:
         return here if link is None else link.rise(task, here)
 
     def stay(task: int) -> None:
