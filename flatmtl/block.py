@@ -58,6 +58,9 @@ class Block:
         exempt: int = 0,
         both: bool = False,
         ends: bool = False,
+        pieces: int = 1,
+        local: Callable[[Tensor], Tensor] | None = None,
+        moved: Callable[[], None] | None = None,
     ) -> None:
         """Lays the parameters out.
 
@@ -69,8 +72,12 @@ class Block:
             exempt: how many of the last parameters the adaptive scaling leaves out.
             both: ``jac`` and ``sam`` are the halves of one matrix, ``both``.
             ends: ``update`` and ``kept`` are the rows of one matrix, ``ends``.
+            pieces: a row can be cut into so many of one length, each of whole cache lines.
+            local: gives what this process holds of a parameter; None: all of it.
+            moved: called when the parameters have been written.
         """
-        first = params[0]
+        tensors = [p if local is None else local(p) for p in params]
+        first = tensors[0]
         if first.dtype not in ROW_TYPES:
             raise TypeError(
                 f"params must be float32, float64, bfloat16 or float16, got {first.dtype}: {label(0)}"
@@ -82,8 +89,10 @@ class Block:
                     f"{first.dtype} on {first.device}, {label(k)} is {param.dtype} on {param.device}"
                 )
         self.params = list(params)
-        self._dims = [_flat_dims(p) for p in params]
-        self._strides = [p.stride() for p in params]
+        self._tensors = tensors
+        self._moved = moved
+        self._dims = [_flat_dims(p) for p in tensors]
+        self._strides = [p.stride() for p in tensors]
         for k, dims in enumerate(self._dims):
             if dims == []:
                 raise ValueError(
@@ -93,16 +102,17 @@ class Block:
         step = ALIGNMENT // min(first.element_size(), self.row_dtype.itemsize)
         self.offsets: list[int] = []
         size = 0
-        for param in params:
+        for tensor in tensors:
             self.offsets.append(size)
-            size += -(-param.numel() // step) * step
-        self.size = size
+            size += -(-tensor.numel() // step) * step
+        self.size = -(-size // (step * pieces)) * step * pieces
         #: of every parameter its id, where it begins in a row and its length
         self.layout = tuple(
-            (id(p), start, p.numel()) for p, start in zip(params, self.offsets, strict=True)
+            (id(p), start, t.numel())
+            for p, t, start in zip(params, tensors, self.offsets, strict=True)
         )
         self._scaled = len(params) - exempt  # the first so many take part in the adaptive scaling
-        self._cut = self.offsets[self._scaled] if exempt else size
+        self._cut = self.offsets[self._scaled] if exempt else self.size
         self._like = first.detach()
         self._rows, self._both, self._ends = rows, both, ends
         self.has_flat = False
@@ -177,6 +187,15 @@ class Block:
             for t, dims in zip(tensors, self._dims, strict=True)
         ]
 
+    def _as_laid(self, grad: Tensor, k: int) -> Tensor:
+        """A gradient of the k-th parameter, its elements in the order of the row."""
+        dims = self._dims[k]
+        return (grad if dims is None else grad.permute(dims)).contiguous()
+
+    def flat(self, grad: Tensor, k: int) -> Tensor:
+        """The k-th parameter's stretch of a row, [numel], from a gradient."""
+        return self._as_laid(grad, k).view(-1)
+
     def pack(
         self, row: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool = False
     ) -> Tensor:
@@ -184,9 +203,9 @@ class Block:
         present = [k for k, g in enumerate(grads) if g is not None]
         flat = []
         for k in present:
-            grad, dims = grads[k], self._dims[k]
+            grad = grads[k]
             assert grad is not None
-            flat.append((grad if dims is None else grad.permute(dims)).contiguous())
+            flat.append(self._as_laid(grad, k))
         offsets = [self.offsets[k] for k in present]
         sq_norm: Tensor = _ops.pack_row_.default(row, flat, offsets, accumulate)
         return sq_norm
@@ -196,7 +215,7 @@ class Block:
         key = (row.data_ptr(), row.numel())
         if key not in self._views:
             views = []
-            for param, dims, offset in zip(self.params, self._dims, self.offsets, strict=True):
+            for param, dims, offset in zip(self._tensors, self._dims, self.offsets, strict=True):
                 segment = row[offset : offset + param.numel()]
                 if dims is None:
                     views.append(segment.view(param.shape))
@@ -209,7 +228,7 @@ class Block:
     def save(self) -> None:
         """Keeps the parameters as they are now."""
         self.has_flat = False
-        _ops.pack_row_.default(self.kept, self._flat(self.params), self.offsets)
+        _ops.pack_row_.default(self.kept, self._flat(self._tensors), self.offsets)
 
     def adaptive_sq_norm(self, row: Tensor, eta: float) -> Tensor:
         """Squared norm of T * ``row`` [P], T = |saved| + eta, or 1 where exempt; float64 0-dim."""
@@ -223,7 +242,7 @@ class Block:
         self, row: Tensor, sq_norm: Tensor, rho: list[float], *, adaptive: bool, eta: float
     ) -> None:
         """Parameters <- saved + perturbation along ``row`` [P]; ``sq_norm`` is that of T * ``row``."""
-        flat, scaled, cut = self._flat(self.params), self._scaled, self._cut
+        flat, scaled, cut = self._flat(self._tensors), self._scaled, self._cut
         if not adaptive or cut == self.size:
             _ops.perturb_.default(flat, self.kept, row, sq_norm, self.offsets, rho, adaptive, eta)
         else:
@@ -242,20 +261,22 @@ class Block:
         """Parameters <- saved + ``step`` * ``direction`` [P]."""
         with torch.no_grad():
             for param, origin, by in zip(
-                self.params, self.views(self.kept), self.views(direction), strict=True
+                self._tensors, self.views(self.kept), self.views(direction), strict=True
             ):
                 torch.add(origin, by, alpha=step, out=param.detach())
         self._changed()
 
     def restore(self) -> None:
         """Parameters <- saved, bit for bit, in their own storage."""
-        _ops.restore_.default(self._flat(self.params), self.kept, self.offsets)
+        _ops.restore_.default(self._flat(self._tensors), self.kept, self.offsets)
         self._changed()
 
     def _changed(self) -> None:
         """Tells autograd of the write, and those who keep what they made of the old values."""
-        torch.autograd.graph.increment_version(self.params)
+        torch.autograd.graph.increment_version(self._tensors)
         _forget_derived()
+        if self._moved is not None:
+            self._moved()
 
     # For looks ahead, all of which end where they began: autograd is not told, so that graphs from
     # before keep their use. ``.data`` has a version of its own.
@@ -280,12 +301,12 @@ class Block:
         _forget_derived()
 
     def _unseen(self) -> list[Tensor]:
-        return self._flat([p.data for p in self.params])
+        return self._flat([p.data for p in self._tensors])
 
     def stale(self) -> bool:
         """Whether the parameters lie otherwise than they did (``model.double()``, ``channels_last``)."""
         like = self._like
         return any(
             p.dtype != like.dtype or p.device != like.device or p.stride() != stride
-            for p, stride in zip(self.params, self._strides, strict=True)
+            for p, stride in zip(self._tensors, self._strides, strict=True)
         )

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flatmtl import ops
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
 from flatmtl.distributed.agree import check_same, facts_of, gather_or_raise
 from flatmtl.distributed.counts import Samples
+from flatmtl.distributed.fsdp_step import FSDPOneRowStep, FSDPStep
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.samo_step import SamoStep
+from flatmtl.distributed.sharded_step import Second, ShardedStep
+from flatmtl.distributed.shards import as_grad, local_of
 from flatmtl.distributed.turn_step import TurnStep
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
@@ -74,6 +76,7 @@ class Options:
     strategy: Strategy | None = None
     ranks: Ranks | None = None
     sync_perturbation: bool = True
+    shard_rows: bool = False
 
 
 class Engine:
@@ -296,6 +299,9 @@ class Engine:
         except RankFailedError:
             raise
         except Exception as failure:
+            found = ranks.why() if ranks.copies else None
+            if found is not None:
+                raise found from failure
             link.fail(failure)
             raise
         finally:
@@ -313,9 +319,13 @@ class Engine:
         """What the ranks are going to send each other at the next step."""
         options = self.options
         apart, reuse = self._kind(self._radii(groups))
-        if options.strategy is None and (
+        known = self.roles is not None and self.roles.complete
+        one = options.strategy is None and (
             reuse or (apart and self.solves.weightings["loss"].one_pass)
-        ):
+        )
+        if one and ranks.copies and known:
+            return FSDPOneRowStep(ranks, self.roles, samples, batches, [1])
+        if one and not ranks.copies:
             decomposed = _aggregates(options.sharpness, "decomposed")
             rows = [1] if apart else [1 + decomposed, 1]
             return OneRowStep(ranks, self.roles, samples, batches, rows)
@@ -328,8 +338,11 @@ class Engine:
             return OneRowStep(ranks, self.roles, samples, batches, [1], message)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
-        looks = self._looks_at_losses
-        losses = (lambda: self._losses) if looks else None
+        losses = (lambda: self._losses) if self._looks_at_losses else None
+        second: Second = "sam" if _aggregates(options.sharpness, "direct") else "flat"
+        if ranks.copies or options.shard_rows:
+            kind = FSDPStep if ranks.copies else ShardedStep
+            return kind(ranks, self.roles, samples, losses, perturbed=perturbed, second=second)
         twice = isinstance(options.strategy, MAML) and not options.strategy.first_order
         return RowStep(
             ranks, self.roles, samples, losses, perturbed=perturbed, local=local, twice=twice
@@ -485,7 +498,7 @@ class Engine:
             maml(self, strategy, passes, scale)
         elif isinstance(strategy, CoopFlat):
             coop(self, strategy, passes, scale)
-        elif apart and self.solves.weightings["loss"].one_pass:
+        elif apart and self.solves.weightings["loss"].one_pass and self.row_step is None:
             one_pass(self, passes, scale)
         elif apart and reuse:
             weighted(self, passes, scale)
@@ -555,13 +568,17 @@ class Engine:
         self.roles = load_roles(save_roles(roles, params), params, self._make_roles)
 
     def _make_roles(self, params: Sequence[Tensor], tasks: list[Any]) -> Roles:
-        options = self.options
+        options, ranks = self.options, self.options.ranks
+        part = None if ranks is None or not options.shard_rows else (ranks.size, ranks.rank)
         layout = Layout(
             row_dtype=options.row_dtype,
             exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
             both=_aggregates(options.sharpness, "each"),
             ends=_aggregates(options.sharpness, "second"),
-            joined=options.ranks is not None,
+            joined=ranks is not None and not ranks.copies,
+            part=part,
+            local=local_of if ranks is not None and ranks.copies else None,
+            moved=ranks.forget_gathered if ranks is not None and ranks.copies else None,
         )
         return Roles(params, tasks, self._named, self.label, layout)
 
@@ -648,7 +665,9 @@ class Engine:
             seen = self.observed(self._all_losses(), self.roles)
         if self._groups is not None and self.roles.shared is not None:
             columns = self._columns_of(self.roles.shared)
-        return Families(self.solves, scale, full=full, seen=seen, columns=columns)
+        step = self.row_step
+        known = None if step is None else step.grams
+        return Families(self.solves, scale, full=full, seen=seen, columns=columns, known=known)
 
     def _all_losses(self) -> list[Tensor | None]:
         """The step's losses, over all processes."""
@@ -738,10 +757,15 @@ class Engine:
         """float64 [T], what the gradients of the tasks' own parameters are multiplied by; None: by 1."""
         return self.solves.weightings["loss"]._own_weights(found.weights)
 
-    def own_update(self, task: int, row: Tensor, weights: Tensor | None) -> None:
-        """The update of a task's own parameters <- ``row`` [P], times the task's entry of ``weights`` [T]."""
+    def own_update(
+        self, task: int, row: Tensor, weights: Tensor | None, *, part: bool = False
+    ) -> None:
+        """The update of a task's own parameters <- ``row`` [P], times the task's entry of ``weights`` [T].
+
+        ``part``: the row is that which is kept here, where each process keeps a part.
+        """
         assert self.roles is not None
-        update = self.roles.own[task].update
+        update = (self.roles.own_rows(task) if part else self.roles.own[task]).update
         update.copy_(row)
         if weights is not None:
             update.mul_(weights[task].to(update))
@@ -787,7 +811,7 @@ class Engine:
             for k, view in zip(index, block.views(block.update), strict=True):
                 if k in reached:
                     # A tensor of its own: p.grad.data = ... (as Module.to does) leaves the view alone.
-                    view = view.detach()
+                    view = as_grad(view.detach(), roles.params[k])
                     roles.params[k].grad = view
                     self._written.append((roles.params[k], view, view._version))
         self._write_learned()
@@ -868,7 +892,8 @@ class Engine:
             return
         gram = found.gram
         if not found.clean:
-            gram = self.families(scale).unscaled(ops.gram(roles.shared.jac))
+            assert roles.rows is not None
+            gram = self.families(scale).gram(roles.rows.jac, "jac")
         for meter in meters:
             meter.at_gram(gram)
 

@@ -6,7 +6,7 @@ never expanded in products: that cancels for a small radius.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from flatmtl import ops
 from flatmtl.block import Block
 from flatmtl.columns import Columns
+from flatmtl.distributed.sharded import Part
 from flatmtl.solves import Observed, Solves
 from flatmtl.weighting._rows import RowMethod, RowState
 
@@ -47,6 +48,8 @@ class Families:
         full: always the whole Gram matrix, also where a weighting needs its diagonal only, or none.
         seen: the losses, for the weightings that look at them.
         columns: of each group that has weights of its own; None: one for all parameters.
+        known: Gram matrices of whole rows where a block holds a part of them: float64 [T, T] of the rows
+            "jac", "sam", and of the "flat" parts.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class Families:
         full: bool,
         seen: Observed | None = None,
         columns: Columns | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self._known = known or {}
         self._solves = solves
         self._scale = None if scale is None else scale.double()
         self._inverse = None if scale is None else scale.double().square().reciprocal()
@@ -69,13 +74,17 @@ class Families:
         """``gram`` as if the gradients had not been scaled."""
         return gram if self._inverse is None else gram * self._inverse.to(gram.device)
 
-    def gram(self, rows: Tensor) -> Tensor:
-        """float64 [T, T], of the gradients in ``rows`` as if they had not been scaled."""
-        return self.unscaled(ops.gram(rows))
+    def gram(self, rows: Tensor, kind: str = "") -> Tensor:
+        """float64 [T, T], of the gradients in ``rows`` as if they had not been scaled.
 
-    def plain(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
+        ``kind``: "jac" or "sam", where the rows are those of a block: their Gram matrix may be known.
+        """
+        known = self._known.get(kind)
+        return self.unscaled(ops.gram(rows) if known is None else known)
+
+    def plain(self, block: Block | Part, squares: Tensor, sound: Tensor) -> Found:
         """update = A(g)."""
-        return self._aggregate("loss", block, block.jac, block.update, squares, sound)
+        return self._aggregate("loss", block, "jac", block.update, squares, sound)
 
     def solved(self, gram: Tensor, sound: Tensor) -> Found:
         """The weights of rows whose Gram matrix [T, T] is there already."""
@@ -83,18 +92,20 @@ class Families:
         seen = gram.diag().diag() if self._solves.weightings["loss"].diagonal_only else gram
         return Found(self._solve("loss", seen, sound), gram=gram if self._full else seen)
 
-    def direct(self, block: Block, sound: Tensor) -> Found:
+    def direct(self, block: Block | Part, sound: Tensor) -> Found:
         """update = A(s)."""
-        found = self._aggregate("loss", block, block.sam, block.update, None, sound)
+        found = self._aggregate("loss", block, "sam", block.update, None, sound)
         found.clean = False
         return found
 
-    def decomposed(self, block: Block, squares: Tensor, sound: Tensor, *, keep: bool) -> Found:
+    def decomposed(
+        self, block: Block | Part, squares: Tensor, sound: Tensor, *, keep: bool
+    ) -> Found:
         """update = A(g) + A'(f). With ``keep``, A'(f) alone stays in ``block.kept``."""
         weighting = self._solves.weightings["loss"]
-        if isinstance(weighting, RowMethod):
+        if isinstance(block, Block) and isinstance(weighting, RowMethod):
             return self._rows_and_flat(block, sound)
-        if self._columns is not None:
+        if isinstance(block, Block) and self._columns is not None:
             found, a, b = self._by_group_and_flat(block, self._columns, sound)
         else:
             found = self._weigh_both(block, squares, sound)
@@ -104,6 +115,7 @@ class Families:
         for k, part in self._parts(block):
             jac, sam = block.jac[:, part], block.sam[:, part]
             if keep:
+                assert isinstance(block, Block)
                 zero = torch.zeros_like(b[k])
                 ops.combine_flat(jac, zero, sam, b[k], block.kept[part])
                 ops.combine(jac, a[k], block.update[part]).add_(block.kept[part])
@@ -113,9 +125,9 @@ class Families:
 
     def second(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
         """update = A''(A(g), A'(f)). The pair is formed: from Gram matrices, a short one would cancel."""
-        gram, a = self._by_gram("loss", block.jac, squares, sound)
+        gram, a = self._by_gram("loss", block.jac, "jac", squares, sound)
         block.sam.sub_(block.jac)
-        _, b = self._by_gram("flat", block.sam, None, sound)
+        _, b = self._by_gram("flat", block.sam, "", None, sound)
         ops.combine(block.jac, a, block.ends[0])
         ops.combine(block.sam, b, block.ends[1])
         pair = self.unscaled(ops.gram(block.ends))
@@ -139,7 +151,7 @@ class Families:
         of_g, of_f = inner.unbind(1)
         block.jac.mul_(of_g.unsqueeze(1).to(block.jac.dtype))
         block.jac.addcmul_(block.sam, of_f.unsqueeze(1).to(block.jac.dtype))
-        _, weights = self._by_gram("loss", block.jac, None, sound)
+        _, weights = self._by_gram("loss", block.jac, "", None, sound)
         ops.combine(block.jac, weights, block.update)
         return Found(weights * of_g, weights * of_f, of_all)
 
@@ -148,15 +160,16 @@ class Families:
     def _aggregate(
         self,
         name: str,
-        block: Block,
-        rows: Tensor,
+        block: Block | Part,
+        kind: str,
         out: Tensor,
         squares: Tensor | None,
         sound: Tensor,
     ) -> Found:
-        """``out`` [P] <- the aggregate of ``rows`` [T, P] by the weighting of that name."""
+        """``out`` [P] <- the aggregate of the "jac" or "sam" rows by the weighting of that name."""
         weighting = self._solves.weightings[name]
-        if isinstance(weighting, RowMethod):
+        rows = block.jac if kind == "jac" else block.sam
+        if isinstance(block, Block) and isinstance(weighting, RowMethod):
             weights = self._by_rows(name, block, rows, out, sound)
             return Found(weights, gram=self._for_the_record(rows))
         if self._columns is not None:
@@ -168,14 +181,14 @@ class Families:
         gram = None
         if weighting.one_pass:
             weights = self._of_losses(name, sound)
-            gram = self._for_the_record(rows)
+            gram = self._for_the_record(rows, kind)
         else:
-            gram, weights = self._by_gram(name, rows, squares, sound)
+            gram, weights = self._by_gram(name, rows, kind, squares, sound)
         ops.combine(rows, weights, out)
         return Found(weights, gram=gram)
 
     def _by_gram(
-        self, name: str, rows: Tensor, squares: Tensor | None, sound: Tensor
+        self, name: str, rows: Tensor, kind: str, squares: Tensor | None, sound: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The Gram matrix for the record, and the weights.
 
@@ -183,20 +196,23 @@ class Families:
         whether somebody wants to see the whole matrix or not.
         """
         if squares is None or not self._solves.weightings[name].diagonal_only:
-            gram = self.gram(rows)
+            gram = self.gram(rows, kind)
             return gram, self._solve(name, gram, sound)
         gram = self.unscaled(squares.diag())
         weights = self._solve(name, gram, sound)
-        return (self.gram(rows) if self._full else gram), weights
+        return (self.gram(rows, kind) if self._full else gram), weights
 
-    def _weigh_both(self, block: Block, squares: Tensor, sound: Tensor) -> Found:
+    def _weigh_both(self, block: Block | Part, squares: Tensor, sound: Tensor) -> Found:
         """The weights of the gradients and of the flat parts."""
         weighting = self._solves.weightings["loss"]
         if weighting.one_pass:  # linear, and the same for both
             weights = self._of_losses("loss", sound)
-            return Found(weights, weights, self._for_the_record(block.jac))
-        if weighting.diagonal_only:
-            gram, a = self._by_gram("loss", block.jac, squares, sound)
+            return Found(weights, weights, self._for_the_record(block.jac, "jac"))
+        if "flat" in self._known:
+            gram, a = self._by_gram("loss", block.jac, "jac", squares, sound)
+            flat = self.unscaled(self._known["flat"])
+        elif weighting.diagonal_only:
+            gram, a = self._by_gram("loss", block.jac, "jac", squares, sound)
             flat = self.unscaled(ops.gram_difference(block.sam, block.jac))
         else:
             gram, flat = map(self.unscaled, ops.gram_pair(block.sam, block.jac))
@@ -248,9 +264,9 @@ class Families:
         weights = self._solves.of_losses(name, self._seen)
         return torch.where(sound.to(weights.device), weights, 0.0)
 
-    def _for_the_record(self, rows: Tensor) -> Tensor | None:
+    def _for_the_record(self, rows: Tensor, kind: str = "") -> Tensor | None:
         """The Gram matrix where the method does without, but somebody wants to see it."""
-        return self.gram(rows) if self._full else None
+        return self.gram(rows, kind) if self._full else None
 
     def _grams(self, op: Callable[..., Tensor], columns: Columns, *rows: Tensor) -> Tensor:
         """float64 [B, T, T], of each group's columns; zero for a group that has none here."""
@@ -262,7 +278,7 @@ class Families:
             grams.append(torch.stack(found).sum(0) if len(found) > 1 else (found or [none])[0])
         return self.unscaled(torch.stack(grams))
 
-    def _parts(self, block: Block) -> list[tuple[int, slice]]:
+    def _parts(self, block: Block | Part) -> list[tuple[int, slice]]:
         """Every run of columns with the number of its group."""
         if self._columns is None:
             return [(0, slice(0, block.size))]

@@ -262,16 +262,10 @@ def _vectorised(
     return losses.backward(tasks, params, lanes, retain_graph=retain_graph, lanes=True)
 
 
-def capture_perturbed(
-    losses: TaskLosses,
-    task: int,
-    position: int,
-    roles: Roles,
-    scale: Tensor | None,
-    *,
-    accumulate: bool,
-) -> list[Tensor]:
-    """One backward pass at task ``task``'s perturbed parameters, into the blocks' ``sam`` rows.
+def perturbed_gradients(
+    losses: TaskLosses, task: int, position: int, roles: Roles, scale: Tensor | None
+) -> tuple[Gradients, Gradients]:
+    """One backward pass at task ``task``'s perturbed parameters.
 
     Args:
         losses: of the perturbed pass.
@@ -279,21 +273,37 @@ def capture_perturbed(
         position: where its loss stands in ``losses``.
         roles: the settled roles.
         scale: as in ``Capture.add``.
+
+    Returns:
+        The gradients of the shared block's parameters, and of the task's own.
+    """
+    index = [*roles.shared_index, *roles.own_index.get(task, [])]
+    params = [roles.params[k] for k in index]
+    grads = losses.gradients(position, params, retain_graph=False, scale=scale)
+    split = len(roles.shared_index)
+    return grads[:split], grads[split:]
+
+
+def pack_perturbed(
+    roles: Roles, task: int, shared: Gradients, own: Gradients, *, accumulate: bool
+) -> list[Tensor]:
+    """The blocks' ``sam`` rows <- a task's gradients at its perturbed parameters.
+
+    Args:
+        roles: the settled roles.
+        task: the task.
+        shared: of the shared block's parameters.
+        own: of the task's own.
         accumulate: add to the rows (a further micro-batch).
 
     Returns:
         The squared norms of the shared and own rows that were written (float64, 0-dim each).
     """
-    own_index: Sequence[int] = roles.own_index.get(task, [])
-    index = [*roles.shared_index, *own_index]
-    params = [roles.params[k] for k in index]
-    grads = losses.gradients(position, params, retain_graph=False, scale=scale)
-    split = len(roles.shared_index)
     norms = []
     if roles.shared is not None:
         block = roles.shared
-        norms.append(block.pack(block.sam[task], grads[:split], accumulate=accumulate))
-    if own_index:
+        norms.append(block.pack(block.sam[task], shared, accumulate=accumulate))
+    if own:
         block = roles.own[task]
-        norms.append(block.pack(block.sam[0], grads[split:], accumulate=accumulate))
+        norms.append(block.pack(block.sam[0], own, accumulate=accumulate))
     return norms

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from flatmtl.distributed.shards import is_sharded, local_of
+
 TaskName: TypeAlias = int | str
 Losses: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
 Output: TypeAlias = Tensor | GradientEdge
@@ -97,9 +99,12 @@ class TaskLosses:
         Raises:
             RuntimeError: the graph is gone.
         """
+        outputs = [self.output(task) for task in tasks]
         try:
+            if any(map(is_sharded, params)):
+                return _through_grad(outputs, params, seeds, retain_graph)
             return torch.autograd.grad(
-                [self.output(task) for task in tasks],  # type: ignore[arg-type]
+                outputs,  # type: ignore[arg-type]
                 params,
                 grad_outputs=seeds,
                 retain_graph=retain_graph,
@@ -114,6 +119,31 @@ class TaskLosses:
                     "optimizer does, and losses must not be used twice"
                 ) from failure
             raise
+
+
+def _through_grad(
+    outputs: Sequence[Output],
+    params: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    retain_graph: bool,
+) -> tuple[Tensor | None, ...]:
+    """What this process holds of the gradients of parameters that FSDP2 shards.
+
+    The graph holds other tensors in their place, gathered for a pass; the gradients, averaged over the
+    processes, come back to ``.grad`` only.
+    """
+    for param in params:
+        param.grad = None
+    try:
+        torch.autograd.backward(
+            outputs,  # type: ignore[arg-type]
+            grad_tensors=list(seeds),
+            retain_graph=retain_graph,
+        )
+        return tuple(None if p.grad is None else local_of(p.grad) for p in params)
+    finally:
+        for param in params:
+            param.grad = None
 
 
 def _one(name: TaskName, loss: object, graph: bool) -> Tensor | None:

@@ -14,7 +14,6 @@ from flatmtl import amp
 from flatmtl.columns import Per, check_per, groups_of
 from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.ranks import ProcessGroup, find_ranks
-from flatmtl.distributed.shards import is_sharded
 from flatmtl.engine import Engine, Options
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, read_jacobian
@@ -98,6 +97,9 @@ class MultiTaskOptimizer(Optimizer):
         sync_perturbation: with sharpness and several processes: perturb along the gradient of the whole
             batch, as one process would. False: each rank along that of its own part (m-sharpness, as in
             Foret et al., arXiv 2010.01412).
+        shard_rows: each of n processes keeps 1/n of every task's row: 1/n of the memory and about half of
+            the traffic. For weightings that look at Gram matrices (or losses); one micro-batch a step;
+            with sharpness "decomposed" and "direct" only, at every step.
 
     Raises:
         TypeError, ValueError: an argument is none of the above.
@@ -124,6 +126,7 @@ class MultiTaskOptimizer(Optimizer):
         history: int = 0,
         process_group: ProcessGroup | Literal["model"] | None = "model",
         sync_perturbation: bool = True,
+        shard_rows: bool = False,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -161,7 +164,9 @@ class MultiTaskOptimizer(Optimizer):
         if not isinstance(replay_rng, bool):
             raise TypeError(f"replay_rng must be True or False, got {replay_rng!r}")
         check_flag("sync_perturbation", sync_perturbation)
-        ranks = find_ranks(process_group, model)
+        check_flag("shard_rows", shard_rows)
+        params = [p for group in base_optimizer.param_groups for p in group["params"]]
+        ranks = find_ranks(process_group, model, params)
         how = read_jacobian(jacobian)
         if sharpness is not None and isinstance(how, Representation):
             raise ValueError(
@@ -191,7 +196,14 @@ class MultiTaskOptimizer(Optimizer):
                 row_dtype=row_dtype,
             )
         if ranks is not None:
-            _check_ranks(sharpness, how, weighting, sync_perturbation, base_optimizer)
+            _check_ranks(sharpness, how, weighting, sync_perturbation)
+            if ranks.copies:
+                _check_shards(sharpness, how, weights_every)
+        if shard_rows or (ranks is not None and ranks.copies):
+            what = (
+                "shard_rows must be False" if shard_rows else "params must not be sharded (FSDP2)"
+            )
+            _check_parts(what, weighting, sharpness, weights_per, sync_perturbation)
         _check_method(weighting, sharpness or strategy, how, weights_every, weights_per)
         # The hooks' registries only: param_groups, state and defaults are the base optimizer's.
         super().__init__([torch.empty(0)], {})
@@ -216,6 +228,7 @@ class MultiTaskOptimizer(Optimizer):
             strategy=strategy,
             ranks=ranks,
             sync_perturbation=sync_perturbation,
+            shard_rows=shard_rows,
         )
         self._shared = named_shared(shared, self._all_params(), self._label)
         self._per = check_per(weights_per, self._all_params(), model, self._label)
@@ -325,6 +338,10 @@ class MultiTaskOptimizer(Optimizer):
                 "optimizer must take every task's gradient of the shared parameters for an AffinityProbe: "
                 "SAMO, CoopFlat and Representation do not"
             )
+        if self._options.shard_rows and meter.options.mode == "exact":
+            raise ValueError(
+                "optimizer must keep whole rows (shard_rows=False) for an AffinityProbe in exact mode"
+            )
         self._engine.meters.append(meter)
 
     def _detach(self, meter: Meter) -> None:
@@ -380,8 +397,13 @@ class MultiTaskOptimizer(Optimizer):
         self._check_group(group)
         default_radii(self._options.sharpness, group)
 
+    @property
+    def learned(self) -> list[Tensor]:
+        """What the weightings learn: parameters of the base optimizer that are none of the model's."""
+        return [p for weighting in self._weightings() for p in weighting.parameters()]
+
     def _all_params(self) -> list[Tensor]:
-        learned = {id(p) for w in self._weightings() for p in w.parameters()}
+        learned = set(map(id, self.learned))
         params = [p for group in self.param_groups for p in group["params"]]
         return [p for p in params if id(p) not in learned] if learned else params
 
@@ -572,7 +594,6 @@ def _check_ranks(
     how: object,
     weighting: Weighting,
     sync: bool,
-    base: Optimizer,
 ) -> None:
     """Raises NotImplementedError for what several processes do not know yet."""
     what = None
@@ -582,8 +603,40 @@ def _check_ranks(
         what = f"jacobian={how!r} and {type(weighting).__name__}"
     if what is not None:
         raise NotImplementedError(f"process_group must be None (one process) with {what}")
-    if any(is_sharded(p) for group in base.param_groups for p in group["params"]):
-        raise NotImplementedError("params must be no DTensors")
+
+
+def _check_shards(sharpness: Sharpness | Strategy | None, how: object, every: int) -> None:
+    """Raises NotImplementedError for what parameters that FSDP2 shards do not allow yet."""
+    why = None
+    if isinstance(sharpness, SAM) and sharpness.adaptive:
+        why = "SAM(adaptive=True)"
+    elif how != "sequential":
+        why = f"jacobian={how!r}"
+    elif every > 1:
+        why = f"weights_every={every}"
+    if why is not None:
+        raise NotImplementedError(f"params must not be sharded (FSDP2) with {why}")
+
+
+def _check_parts(
+    what: str, weighting: Weighting, sharpness: Sharpness | Strategy | None, per: object, sync: bool
+) -> None:
+    """Raises ValueError where a part of each row is not enough for the other arguments."""
+    why = None
+    if isinstance(weighting, RowMethod):
+        why = f"{type(weighting).__name__}, which looks at whole rows"
+    elif not (isinstance(per, str) and per == "model"):
+        why = "weights_per"
+    elif not (sharpness is None or isinstance(sharpness, SAM)):
+        why = f"{type(sharpness).__name__}"
+    elif sharpness is not None and (
+        sharpness.every > 1 or sharpness.aggregate not in ("decomposed", "direct")
+    ):
+        why = "SAM(every=...) above 1 and aggregate='second' or 'each'"
+    elif not sync:
+        why = "sync_perturbation=False, which perturbs along a rank's own rows"
+    if why is not None:
+        raise ValueError(f"{what} with {why}")
 
 
 def _check_method(

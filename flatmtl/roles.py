@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flatmtl.block import Block
 from flatmtl.distributed.messages import Messages
+from flatmtl.distributed.sharded import Part, ShardedRows
 from flatmtl.losses import TaskName
 
 Gradients = Sequence[Tensor | None]
@@ -54,6 +55,9 @@ class Layout:
         both: the shared block's two families of rows are one matrix.
         ends: its ``update`` and ``kept`` are one matrix.
         joined: a task's shared and own rows lie side by side, as one message to other processes.
+        part: how many processes keep a part of each row, and which of them this is; None: all is here.
+        local: gives what this process holds of a parameter; None: all of it.
+        moved: called when parameters have been written.
     """
 
     row_dtype: torch.dtype | None = None
@@ -61,6 +65,9 @@ class Layout:
     both: bool = False
     ends: bool = False
     joined: bool = False
+    part: tuple[int, int] | None = None
+    local: Callable[[Tensor], Tensor] | None = None
+    moved: Callable[[], None] | None = None
 
 
 class Roles:
@@ -81,6 +88,7 @@ class Roles:
         messages: the buffers of rows where they are joined.
         of_turn: task -> what its gradient reaches, whatever its role, as far as ranks have told each other
             (CoopFlat).
+        sharded: those where each process keeps a part.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class Roles:
         self.settled = False
         self.messages: Messages | None = None
         self.of_turn: dict[int, set[int]] = {}
+        self.sharded: ShardedRows | None = None
 
     def _is_shared(self, k: int) -> bool:
         if self._named is not None:
@@ -156,6 +165,25 @@ class Roles:
         self._reach[k].add(task)
         self._new.setdefault(k, set()).add(task)
         return not before or not was_shared
+
+    def note_all(self, tasks: Collection[int], reached: Iterable[tuple[int, int]]) -> bool:
+        """Notes the tasks of a pass, and all pairs of a task and a parameter that it reaches.
+
+        Returns:
+            Whether the roles have to be settled (again).
+
+        Raises:
+            ValueError: as ``note_reach``; then nothing was noted.
+        """
+        fresh = not self.settled
+        try:
+            for task, k in reached:
+                fresh = self.note_reach(task, k) or fresh
+        except BaseException:
+            self.end_pass(tasks, keep=False)
+            raise
+        self.end_pass(tasks, keep=True)
+        return fresh
 
     def knows(self, tasks: Collection[int]) -> bool:
         """Whether the blocks are laid out, by passes that had all these tasks."""
@@ -225,8 +253,10 @@ class Roles:
             layout = self._layout
             shared = self._block(shared_index, rows, both=layout.both, ends=layout.ends)
         own = {task: self._block(index, 1) for task, index in own_index.items()}
-        messages = None
-        if self._layout.joined:
+        messages = sharded = None
+        if self._layout.part is not None:
+            sharded = ShardedRows(shared, own, len(self.tasks), *self._layout.part)
+        elif self._layout.joined:
             messages = Messages(shared, own, len(self.tasks), both=self._layout.both)
         # Nothing has changed up to here, should a role not hold.
         flats = self.flats()
@@ -234,7 +264,7 @@ class Roles:
         self.shared_set = frozenset(shared_index)
         self.owner = {k: task for task, index in own_index.items() for k in index}
         self.own, self.own_index = own, own_index
-        self.messages = messages
+        self.messages, self.sharded = messages, sharded
         self.settled = True
         self.put_flats(flats)
 
@@ -271,6 +301,9 @@ class Roles:
             exempt=sum(map(self._is_exempt, index)),
             both=both,
             ends=ends,
+            pieces=1 if self._layout.part is None else self._layout.part[0],
+            local=self._layout.local,
+            moved=self._layout.moved,
         )
 
     def _row_dtype(self, param: Tensor) -> torch.dtype | None:
@@ -281,6 +314,15 @@ class Roles:
                 f"{param.dtype}"
             )
         return narrow
+
+    @property
+    def rows(self) -> Block | Part | None:
+        """The shared rows that are kept here: of the block, or this process's part of it."""
+        return self.shared if self.sharded is None else self.sharded.shared()
+
+    def own_rows(self, task: int) -> Block | Part:
+        """The same of a task's own parameters."""
+        return self.own[task] if self.sharded is None else self.sharded.own(task)
 
     def per_task(self, squares: Mapping[int, Tensor]) -> Tensor:
         """float64 [T] from squared norms (0-dim), 0 where a task has none."""

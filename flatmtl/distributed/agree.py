@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flatmtl.distributed.ranks import RankFailedError, Ranks
+from flatmtl.distributed.shards import is_sharded
 from flatmtl.losses import TaskName
 
 NOBODY = (
@@ -104,7 +105,8 @@ def facts_of(
             k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, type(None)))
         }
         facts[f"param_groups[{number}]"] = plain
-    for label, total in zip(labels, _sums(params), strict=True):
+    whole = [(label, p) for label, p in zip(labels, params, strict=True) if not is_sharded(p)]
+    for (label, _), total in zip(whole, _sums([p for _, p in whole]), strict=True):
         facts[f"the sum over {label}"] = total
     return facts
 

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from flatmtl import ops
-from flatmtl.block import Block
 from flatmtl.distributed.agree import NOBODY, agree_on_reach
 from flatmtl.distributed.exchange import Arrived, Exchange
 from flatmtl.distributed.ranks import Ranks
-from flatmtl.jacobian import Batched, Capture, Captured, task_gradients
+from flatmtl.jacobian import Batched, Capture, task_gradients
 from flatmtl.losses import TaskLosses
 from flatmtl.roles import Gradients, Roles
 
@@ -90,6 +88,8 @@ class RankedCapture(Capture):
                     self._send_until(task)
                 self._pack(task, grads)
             self._packed.add(task)
+            if not self._left:
+                self._send_until(task + 1)
             del grads  # not kept alive during the next backward pass
         if not self._left:
             self._send_until(len(roles.tasks))
@@ -123,15 +123,7 @@ class RankedCapture(Capture):
         if self._known:
             return
         here, reached = agree_on_reach(self._ranks, roles.tasks, self._packed, self._extra)
-        fresh = not roles.settled
-        try:
-            for task, k in reached:
-                fresh = roles.note_reach(task, k) or fresh
-        except BaseException:
-            roles.end_pass(here, keep=False)
-            raise
-        roles.end_pass(here, keep=True)
-        if not fresh:
+        if not roles.note_all(here, reached):
             return
         packed = sorted(self._packed)
         grads = {task: list(self._unpack(task)) for task in packed}
@@ -149,27 +141,16 @@ class RankedCapture(Capture):
         self._exchange = exchange
         self._send_until(len(self.roles.tasks))
 
-    def averaged(self, arrived: Arrived) -> Captured:
-        """What the rows hold now that they are means; ``arrived``: what came with them."""
-        roles = self.roles
-        tasks = range(len(roles.tasks))
-        if arrived.counts.device.type == "cpu":
-            present = {
-                task for task, n in zip(tasks, arrived.counts.tolist(), strict=True) if n > 0
-            }
-            if not present:
-                raise ValueError(NOBODY)
-        else:  # a task that no rank has would be known by waiting for the device only
-            present = set(tasks)
-        shared_sq, own_sq = squares(roles, "jac", present)
-        return Captured(shared_sq, own_sq, roles.reached_by(present), present, self.here)
+    def present(self, arrived: Arrived) -> set[int]:
+        """The tasks that some rank has a loss of; ``arrived``: what came with their rows.
 
-
-def squares(roles: Roles, name: str, present: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """Squared norms of the averaged rows: float64 [T] of the shared ones, and of each task's own."""
-
-    def of(block: Block) -> Tensor:
-        return ops.row_norms(block.jac if name == "jac" else block.sam).square()
-
-    shared = roles.per_task({}) if roles.shared is None else of(roles.shared)
-    return shared, {t: of(block)[0] for t, block in roles.own.items() if t in present}
+        Raises:
+            ValueError: there is none.
+        """
+        if arrived.counts.device.type != "cpu":
+            # a task that no rank has would be known by waiting for the device only
+            return set(range(len(self.roles.tasks)))
+        present = {task for task, n in enumerate(arrived.counts.tolist()) if n > 0}
+        if not present:
+            raise ValueError(NOBODY)
+        return present

@@ -19,13 +19,13 @@ class Averaged:
         values: float64 [T], NaN where no rank has the task.
         shares: float64 [T], the part that this rank's loss has in its mean.
         counts: float64 [T], what all ranks' losses count for together.
-        extra: float64 1-D, the sum over the ranks of what else they sent.
+        extra: float64 1-D, the sum over the ranks of what else they sent, where they did.
     """
 
     values: Tensor
     shares: Tensor
     counts: Tensor
-    extra: Tensor
+    extra: Tensor | None = None
 
     def entries(self) -> list[Tensor | None]:
         """The losses one by one, None where no rank has the task (known on the CPU only)."""

@@ -34,6 +34,7 @@ class OneRowStep:
 
     Attributes:
         counts: what each task's loss counts for on this rank.
+        told: messages carry the news that this rank has failed.
         shares: of each micro-batch, float64 [T]: the part that this rank's losses have in the means.
     """
 
@@ -53,6 +54,7 @@ class OneRowStep:
         self._told = False  # the ranks know each other's tasks of this micro-batch
         self.shares: list[Tensor] = []
         self.counts: list[float] = []
+        self.told = False
         self._over = False
 
     @property
@@ -76,12 +78,18 @@ class OneRowStep:
             for task, loss in enumerate(losses.detached)
         ]
 
-    def average(self, roles: Roles, losses: TaskLosses, extra: Sequence[Tensor] = ()) -> Averaged:
-        """The losses of a micro-batch over all ranks, and the sums of ``extra`` (float64 1-D each).
+    def average(self, roles: Roles, losses: TaskLosses) -> Averaged:
+        """The losses of a micro-batch over all ranks.
 
         Raises:
             RankFailedError: a rank has failed.
         """
+        return self.average_and_add(roles, losses, [])
+
+    def average_and_add(
+        self, roles: Roles, losses: TaskLosses, extra: Sequence[Tensor]
+    ) -> Averaged:
+        """The same, and the sums of ``extra`` (float64 1-D each) in the same message."""
         counts = counts_of(self._samples, roles.tasks)
         self.counts = [counts.get(task, 1.0) for task in range(len(roles.tasks))]
         self._left -= 1
@@ -117,9 +125,7 @@ class OneRowStep:
             if task not in backward.own_sq:
                 row.zero_()
         self._add_up([*shared, *own.values()])
-        present = self.present(roles)
-        if not present:
-            raise ValueError(NOBODY)
+        present = self._present(roles)
         if shared:
             backward.shared_sq = ops.row_norms(shared[0].unsqueeze(0))[0].square()
         backward.own_sq = {
@@ -147,41 +153,39 @@ class OneRowStep:
         shared = 0 if roles.shared is None else roles.shared.size
         return rows * shared + sum(block.size for block in roles.own.values())
 
-    def present(self, roles: Roles) -> set[int]:
-        """The tasks that have had a loss on some rank (known on the CPU only; elsewhere all)."""
+    def _present(self, roles: Roles) -> set[int]:
         counts = torch.stack(self._counts).sum(0)
         if counts.device.type != "cpu":
             return set(range(len(roles.tasks)))
-        return {task for task, n in enumerate(counts.tolist()) if n > 0}
+        present = {task for task, n in enumerate(counts.tolist()) if n > 0}
+        if not present:
+            raise ValueError(NOBODY)
+        return present
 
-    def fail(self, failure: Exception) -> bool:
-        """This rank cannot go on: the others learn of it where they wait.
-
-        Returns:
-            Whether messages carry the news; False: the others have stopped before them.
-        """
+    def fail(self, failure: Exception) -> None:
+        """This rank cannot go on: the others learn of it where they wait."""
         if self._over or self._ranks.broken:
-            return False
+            return
         self._over = True
         roles = self._roles
         if self._left and not (self._known or self._told):
             gather_failure(self._ranks, failure)
-            return False
+            return
         assert roles is not None
         self._ranks.tell(failure)
+        self.told = True
         device, tasks = roles.params[0].device, len(roles.tasks)
         reading = device.type == "cpu"
         for _ in range(self._left):
             zeros = [torch.zeros(self._extra(tasks), dtype=torch.float64, device=device)]
             average(self._ranks, [None] * tasks, [0.0] * tasks, device, extra=zeros, failed=True)
             if reading:
-                return True
+                return
         for count in list(self._rows):
             row = torch.zeros(self._length(roles, count), dtype=self._dtype, device=device)
             self._add_up([row], failed=True)
             if reading:
-                break
-        return True
+                return
 
     @property
     def _dtype(self) -> torch.dtype:

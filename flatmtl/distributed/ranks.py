@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flatmtl.distributed.shards import is_sharded, mesh_of
+
 ProcessGroup = dist.ProcessGroup
 
 
@@ -25,8 +27,11 @@ class Ranks:
     Args:
         group: the process group.
         replicas: the modules.
+        copies: see below.
+        units: FSDP2's modules.
 
     Attributes:
+        copies: how many ranks hold the same part of a sharded parameter; 0: none is sharded.
         size: how many ranks there are.
         rank: which one this is.
         agreed: whether they have compared what they train.
@@ -34,10 +39,14 @@ class Ranks:
     """
 
     def __init__(
-        self, group: ProcessGroup, replicas: Sequence[DistributedDataParallel] = ()
+        self,
+        group: ProcessGroup,
+        replicas: Sequence[DistributedDataParallel] = (),
+        copies: int = 0,
+        units: Sequence[Any] = (),
     ) -> None:
         self.group = group
-        self.replicas = list(replicas)
+        self.replicas, self.copies, self.units = list(replicas), copies, list(units)
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.agreed = False
@@ -47,7 +56,7 @@ class Ranks:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return Ranks(self.group, self.replicas)
+        return Ranks(self.group, self.replicas, self.copies, self.units)
 
     # ------------------------------------------------------------ collectives
 
@@ -65,6 +74,21 @@ class Ranks:
         with self._talking():
             work: dist.Work = dist.all_reduce(tensor, group=self.group, async_op=True)
         return work
+
+    def scatter(self, part: Tensor, whole: Tensor) -> dist.Work:
+        """``part`` [c] <- this rank's of the n equal parts of the sum of ``whole`` [n c] over the ranks."""
+        with self._talking():
+            work: dist.Work = dist.reduce_scatter_tensor(
+                part, whole, group=self.group, async_op=True
+            )
+        return work
+
+    def join(self, part: Tensor) -> Tensor:
+        """[n c]: every rank's ``part`` [c], by rank."""
+        whole = part.new_empty(self.size * part.numel())
+        with self._talking():
+            dist.all_gather_into_tensor(whole, part, group=self.group)
+        return whole
 
     def wait(self, works: Sequence[dist.Work]) -> None:
         """Until all have arrived: on CUDA it is the stream that waits."""
@@ -126,6 +150,11 @@ class Ranks:
                 for buffer, part in zip(buffers, parts, strict=True):
                     buffer.copy_(part.view(buffer.shape))
 
+    def forget_gathered(self) -> None:
+        """Sharded parameters have been written: what FSDP2 has gathered of them is no longer true."""
+        for unit in self.units:
+            unit.reshard()
+
     # ------------------------------------------------------------ errors
 
     def tell(self, failure: BaseException) -> None:
@@ -147,6 +176,14 @@ class Ranks:
             f"the step was made on no rank, as one failed: {text} (seen from rank {self.rank})"
         )
 
+    def why(self) -> RankFailedError | None:
+        """The error that another rank has left, if one has: what failed here may be its consequence."""
+        try:
+            left = self._store().check([self._key()])
+        except RuntimeError:
+            left = False
+        return self.told() if left else None
+
     def _key(self) -> str:
         return f"flatmtl/{self.group.group_name}/failed/{self._failures}"
 
@@ -154,20 +191,22 @@ class Ranks:
         return dist.distributed_c10d._get_default_store()
 
 
-def find_ranks(process_group: object, model: nn.Module | None, alone: str = "None") -> Ranks | None:
+def find_ranks(
+    process_group: object, model: nn.Module | None, params: Sequence[Tensor]
+) -> Ranks | None:
     """The ranks that train together; None where this process trains by itself.
 
     Args:
         process_group: "model": found from the model; a process group; None: by itself.
-        model: may hold DistributedDataParallel modules.
-        alone: what says "by itself", for the error.
+        model: may hold DistributedDataParallel modules, or ones that FSDP2 shards.
+        params: those of the optimizer.
 
     Raises:
         TypeError: ``process_group`` is none of these.
         ValueError: there are several processes, and nothing says how they belong together; or a replica
             cannot be trained so.
     """
-    if process_group is None:
+    if process_group is None and mesh_of(params) is None:
         return None
     if not (process_group == "model" or isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
@@ -176,7 +215,11 @@ def find_ranks(process_group: object, model: nn.Module | None, alone: str = "Non
         )
     if not (dist.is_available() and dist.is_initialized()):
         return None
+    modules = [] if model is None else list(model.modules())
     replicas = [] if model is None else replicas_in(model)
+    mesh = mesh_of(params)
+    if mesh is not None:
+        return _find_sharded(mesh, modules, process_group)
     group = process_group
     if group == "model":
         groups = {id(m.process_group): m.process_group for m in replicas}
@@ -190,7 +233,7 @@ def find_ranks(process_group: object, model: nn.Module | None, alone: str = "Non
             raise ValueError(
                 "process_group must be given where several processes run and model= is no "
                 "DistributedDataParallel: the group that trains together (torch.distributed.group.WORLD), "
-                f"or {alone} if every process trains a model of its own"
+                "or None if every process trains a model of its own"
             )
         else:
             return None
@@ -212,3 +255,32 @@ def replicas_in(model: nn.Module) -> list[DistributedDataParallel]:
                 "backward passes: a step has one for every task"
             )
     return replicas
+
+
+def _find_sharded(mesh: Any, modules: Sequence[nn.Module], group: object) -> Ranks:  # noqa: ANN401
+    from torch.distributed.fsdp import FSDPModule  # it is there: params are DTensors
+
+    units = [m for m in modules if isinstance(m, FSDPModule)]
+    if not units:
+        raise ValueError(
+            "model must be given, and be what fully_shard returned, where parameters are DTensors"
+        )
+    if group == "model":
+        if mesh.ndim == 1:
+            group = mesh.get_group()
+        elif mesh.size() == dist.get_world_size():
+            group = dist.group.WORLD
+        else:
+            raise ValueError(
+                f"process_group must be given: the group of all {mesh.size()} ranks of a mesh of "
+                f"{mesh.ndim} dimensions"
+            )
+    assert isinstance(group, dist.ProcessGroup)
+    if dist.get_world_size(group) != mesh.size():
+        raise ValueError(
+            f"process_group must hold the {mesh.size()} ranks of the parameters' mesh, got "
+            f"{dist.get_world_size(group)}"
+        )
+    shard = next(p for m in units for p in m.parameters() if is_sharded(p))
+    (dim,) = [d for d, placement in enumerate(shard.placements) if placement.is_shard()]  # type: ignore[attr-defined]
+    return Ranks(group, (), mesh.size() // mesh.size(dim), units)

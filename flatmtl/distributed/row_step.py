@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from flatmtl import ops
+from flatmtl.block import Block
 from flatmtl.distributed.agree import gather_failure
-from flatmtl.distributed.capture import RankedCapture, squares
+from flatmtl.distributed.capture import RankedCapture
 from flatmtl.distributed.counts import Samples, counts_of
-from flatmtl.distributed.exchange import Arrived, Exchange
+from flatmtl.distributed.exchange import Arrived, Exchange, Stages
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.jacobian import Captured
@@ -32,6 +34,7 @@ class RowStep:
         local: the same.
         capture: takes this rank's gradients.
         averaged: the losses over all ranks, once the last rows have come.
+        grams: Gram matrices of whole rows, float64 [T, T], where this rank has a part of each.
     """
 
     def __init__(
@@ -54,26 +57,35 @@ class RowStep:
         self._over = False
         self.capture: RankedCapture | None = None
         self.averaged: list[Tensor | None] = []
+        self.grams: dict[str, Tensor] = {}
         if self._known:
             assert roles is not None
             self._open(roles)
 
     def _open(self, roles: Roles) -> None:
-        assert roles.messages is not None
-        tasks = range(len(roles.tasks))
-        stages = [[("jac", task) for task in tasks]]
+        self._exchange = self._exchange_of(roles, self._stages(len(roles.tasks)))
+
+    def _stages(self, tasks: int) -> Stages:
         if self.local:
-            stages = [[(name, task) for task in tasks for name in ("jac", "sam")]]
-        elif self._perturbed:
-            stages += [[("sam", task) for task in tasks] for _ in range(1 + self._twice)]
-        self._exchange = Exchange(self._ranks, roles.messages, stages)
+            return [[(name, task) for task in range(tasks) for name in ("jac", "sam")]]
+        names = ["jac", *["sam"] * (self._perturbed + self._twice)]
+        return [[(name, task) for task in range(tasks)] for name in names]
+
+    def _exchange_of(self, roles: Roles, stages: Stages) -> Exchange:
+        assert roles.messages is not None
+        return Exchange(self._ranks, roles.messages, stages)
 
     def begin(self, roles: Roles, batches: int) -> RankedCapture:
         """What takes this rank's gradients."""
         at_once = None if self.local else self._exchange
         counts = counts_of(self._samples, roles.tasks)
-        self.capture = RankedCapture(roles, self._ranks, batches, counts, at_once)
+        self.capture = self._capture_of(roles, batches, counts, at_once)
         return self.capture
+
+    def _capture_of(
+        self, roles: Roles, batches: int, counts: dict[int, float], exchange: Exchange | None
+    ) -> RankedCapture:
+        return RankedCapture(roles, self._ranks, batches, counts, exchange)
 
     def rows(self) -> Captured:
         """The averaged rows; with ``local``, this rank's own ones.
@@ -92,10 +104,13 @@ class RowStep:
             return capture.finish()
         assert self._exchange is not None
         capture.send_all(self._exchange)
-        found = capture.averaged(self._arrive("jac"))
+        found = self._captured(self._arrive("jac"))
         if not self._perturbed:
             self._end()
         return found
+
+    def moving(self, task: int) -> None:
+        """A task's perturbation is next, on this rank or on others."""
 
     def moved(self, task: int) -> None:
         """The parameters are where this task's perturbation takes them: its row is not needed here."""
@@ -127,14 +142,26 @@ class RowStep:
         capture = self.capture
         assert capture is not None
         if self.local:
-            captured = capture.averaged(self._arrive("jac"))
+            captured = self._captured(self._arrive("jac"))
         self._arrive("sam")
         self._end()
-        shared, own = squares(capture.roles, "sam", captured.present)
+        shared, own = self._squares("sam", captured.present)
         norms = {task: [shared[task]] for task in captured.present}
         for task, sq in own.items():
             norms[task].append(sq)
         return captured, norms
+
+    def _captured(self, arrived: Arrived) -> Captured:
+        assert self.capture is not None
+        present = self.capture.present(arrived)
+        shared_sq, own_sq = self._squares("jac", present)
+        reached = self.capture.roles.reached_by(present)
+        return Captured(shared_sq, own_sq, reached, present, self.capture.here)
+
+    def _squares(self, name: str, present: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Squared norms of the averaged rows: float64 [T] of the shared ones, and of the tasks' own."""
+        assert self.capture is not None
+        return squares(self.capture.roles, name, present)
 
     def _end(self) -> None:
         self._over = True
@@ -160,3 +187,13 @@ class RowStep:
             gather_failure(self._ranks, failure)
         else:
             self._exchange.abandon(failure)
+
+
+def squares(roles: Roles, name: str, present: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """Squared norms of whole rows: float64 [T] of the shared ones, and of the present tasks' own."""
+
+    def of(block: Block) -> Tensor:
+        return ops.row_norms(block.jac if name == "jac" else block.sam).square()
+
+    shared = roles.per_task({}) if roles.shared is None else of(roles.shared)
+    return shared, {t: of(block)[0] for t, block in roles.own.items() if t in present}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flatmtl.distributed.capture import squares
 from flatmtl.distributed.counts import Samples, counts_of
 from flatmtl.distributed.exchange import Exchange
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks
+from flatmtl.distributed.row_step import squares
 from flatmtl.roles import Roles
 
 _RISE, _ROW = "rise", "sam"
@@ -82,6 +82,9 @@ class SamoStep:
             raise
         return found.values[0]
 
+    def moving(self, task: int) -> None:
+        """Nothing to send."""
+
     def moved(self, task: int) -> None:
         """Nothing to send: the mean gradient has come long ago."""
 
@@ -114,8 +117,8 @@ class SamoStep:
             return
         self._over = True
         if self._exchange is None:
-            told = self.clean.fail(failure)
-            if not told or self._reading:
+            self.clean.fail(failure)
+            if not self.clean.told or self._reading:
                 return
             assert self._roles is not None
             self._present = set(range(len(self._roles.tasks)))

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from flatmtl.block import Block
 from flatmtl.buffers import watch_for_running_statistics
+from flatmtl.distributed.fsdp_step import FSDPStep
+from flatmtl.distributed.sharded_step import ShardedStep
 from flatmtl.families import Found
-from flatmtl.jacobian import capture_perturbed
+from flatmtl.jacobian import pack_perturbed, perturbed_gradients
 from flatmtl.losses import added_loss
 from flatmtl.passes import Passes
 from flatmtl.roles import Roles
@@ -26,7 +28,7 @@ def perturb(
     roles: Roles,
     shared: Tensor | None,
     shared_sq: Tensor,
-    own: Sequence[tuple[int, Tensor]],
+    own: Sequence[tuple[int, Tensor, Tensor]],
     radii: Radii,
 ) -> None:
     """Moves the shared parameters along a row [P], and own ones along their gradients.
@@ -36,7 +38,7 @@ def perturb(
         roles: the roles.
         shared: the row; None if nothing is shared.
         shared_sq: its squared norm.
-        own: tasks, and the squared norms of their own gradients.
+        own: tasks, their own gradients as rows, and the squared norms of these.
         radii: the radii.
     """
     sharpness = engine.options.sharpness
@@ -46,17 +48,17 @@ def perturb(
     if roles.shared is not None and shared is not None:
         rho = [radii.shared[id(p)] for p in roles.shared.params]
         moved.append((roles.shared, shared, shared_sq, rho))
-    for task, sq in own:
+    for task, row, sq in own:
         block = roles.own[task]
-        moved.append((block, block.jac[0], sq, [radii.own[id(p)] for p in block.params]))
+        moved.append((block, row, sq, [radii.own[id(p)] for p in block.params]))
     if sharpness.adaptive:
-        moved = [(b, row, b.adaptive_sq_norm(row, eta), rho) for b, row, _, rho in moved]
+        moved = [(b, r, b.adaptive_sq_norm(r, eta), rho) for b, r, _, rho in moved]
     if isinstance(sharpness, SAM) and sharpness.joint_norm:
         first = moved[0][0].device
         total = torch.stack([sq.to(first) for _, _, sq, _ in moved]).sum()
-        moved = [(b, row, total.to(b.device), rho) for b, row, _, rho in moved]
-    for block, row, sq, rho in moved:
-        block.perturb(row, sq, rho, adaptive=sharpness.adaptive, eta=eta)
+        moved = [(b, r, total.to(b.device), rho) for b, r, _, rho in moved]
+    for block, along, sq, rho in moved:
+        block.perturb(along, sq, rho, adaptive=sharpness.adaptive, eta=eta)
 
 
 def away(engine: Engine, passes: Passes, roles: Roles, run: Callable[[], None]) -> None:
@@ -94,7 +96,7 @@ def perturbed_passes(
         engine: the engine.
         passes: the forward passes.
         roles: the roles.
-        present: the tasks that have a loss on this rank.
+        present: the tasks that have a loss on this rank (with FSDP2: on some rank).
         move: perturbs the parameters for a task.
         scale: loss scale.
         query: the passes are of query data, where the closures have them.
@@ -110,12 +112,10 @@ def perturbed_passes(
     link = engine.row_step or engine.samo_step
 
     def take(task: int) -> None:
-        for losses, position in passes.again(roles.tasks, task, query=query):
-            norms[task] = capture_perturbed(
-                losses, task, position, roles, scale, accumulate=task in norms
-            )
-            after[task] = added_loss(after[task], losses.detached[position])
-            losses.outputs.clear()
+        if isinstance(link, FSDPStep):
+            after[task] = link.take(passes, task, scale, query=query)
+        else:
+            take_rows(task)
         if task in roles.own:
             roles.own[task].restore()
         if correct is not None:
@@ -123,14 +123,27 @@ def perturbed_passes(
                 roles.shared.restore()
             norms[task] = correct(task)
 
+    def take_rows(task: int) -> None:
+        for losses, position in passes.again(roles.tasks, task, query=query):
+            shared, own = perturbed_gradients(losses, task, position, roles, scale)
+            if isinstance(link, ShardedStep):
+                link.hold(task, shared, own)
+            else:
+                norms[task] = pack_perturbed(roles, task, shared, own, accumulate=task in norms)
+            after[task] = added_loss(after[task], losses.detached[position])
+            losses.outputs.clear()
+
     def run() -> None:
         for task in range(len(roles.tasks)):
+            if link is not None:
+                link.moving(task)
             if task in present:
                 move(task)
-            elif roles.shared is not None:
+            else:
                 if stay is not None:
                     stay(task)
-                roles.shared.sam[task].zero_()
+                if link is None and roles.shared is not None:
+                    roles.shared.sam[task].zero_()
             if link is not None:
                 link.moved(task)
             if task in present:

@@ -79,7 +79,7 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
         link.reduce(first, [_first(roles), *([_update(roles)] if decomposed else [])])
     finite = engine.finite_tasks(roles, first.shared_norm(), first.own_sq)
     engine.check_finite(roles, finite, scale)
-    own = list(first.own_sq.items())
+    own = [(task, roles.own[task].jac[0], sq) for task, sq in first.own_sq.items()]
     last = WeightedBackward(roles, b, scale)
     after: list[Tensor | None] = []
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flatmtl import graph
 from flatmtl.block import Block
-from flatmtl.distributed.agree import NOBODY, agree_on_reach
+from flatmtl.distributed.agree import agree_on_reach
 from flatmtl.distributed.turn_step import TurnStep
 from flatmtl.losses import TaskLosses, added_loss
 from flatmtl.passes import Passes
@@ -42,10 +42,7 @@ def coop(engine: Engine, strategy: CoopFlat, passes: Passes, scale: Tensor | Non
     assert turn is not None
     roles, task = turn.roles, turn.task
     if link is not None:
-        present = link.present(roles)
-        if not present:
-            raise ValueError(NOBODY)
-        turn.present = task in present
+        turn.present = task in link.present(roles)
     if scale is not None and not turn.present:
         raise ValueError(
             f"losses must hold that of task {roles.tasks[task]!r}, whose turn it is, with a GradScaler, "

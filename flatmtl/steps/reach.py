@@ -42,15 +42,7 @@ def follow(
     if link is not None and link.asks is not None:
         here, reached = agree_on_reach(link.asks, roles.tasks, here, reached)
         link.agreed(roles)
-    fresh = not roles.settled
-    try:
-        for task, k in reached:
-            fresh = roles.note_reach(task, k) or fresh
-    except BaseException:
-        roles.end_pass(here, keep=False)
-        raise
-    roles.end_pass(here, keep=True)
-    if fresh:
+    if roles.note_all(here, reached):
         earlier = [backward.unpack(row(roles)) for backward, row in gathered]
         roles.settle()
         for (backward, row), grads in zip(gathered, earlier, strict=True):

@@ -125,12 +125,16 @@ def _over_ranks(
     gram = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
     if features.tensors:
         gram = ops.gram(features.block.jac).to(device) * counts.outer(counts)
-    averaged = link.average(roles, losses, [gram.reshape(-1), roles.per_task(own_sq) * counts])
+    averaged = link.average_and_add(
+        roles, losses, [gram.reshape(-1), roles.per_task(own_sq) * counts]
+    )
+    sums = averaged.extra
+    assert sums is not None
     engine.heard(averaged.entries(), link.counts)
     total = torch.where(averaged.counts > 0, averaged.counts, 1.0)
-    gram = averaged.extra[: tasks * tasks].view(tasks, tasks) / total.outer(total)
+    gram = sums[: tasks * tasks].view(tasks, tasks) / total.outer(total)
     shared_sq = gram.diag()
-    finite = (shared_sq + averaged.extra[tasks * tasks :]).isfinite()
+    finite = (shared_sq + sums[tasks * tasks :]).isfinite()
     engine.check_finite(roles, finite, scale)
     engine.roles = roles
     found = engine.families(scale).solved(gram, finite)

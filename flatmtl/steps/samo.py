@@ -59,7 +59,9 @@ def samo(engine: Engine, passes: Passes, radii: Radii, scale: Tensor | None) -> 
         if roles.shared is not None:
             row = roles.shared.sam[task]
             sq = directions.bend(roles.shared, task, passes, roles.tasks, rise)
-        own = [(task, mean.own_sq[task])] if task in mean.own_sq else []
+        own = []
+        if task in mean.own_sq:
+            own = [(task, roles.own[task].jac[0], mean.own_sq[task])]
         perturb(engine, roles, row, sq, own, radii)
 
     after, norms = perturbed_passes(engine, passes, roles, here, move, scale, stay=stay)
