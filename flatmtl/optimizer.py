@@ -96,7 +96,7 @@ class MultiTaskOptimizer(Optimizer):
             the whole batch; ``docs/scaling.md`` has what it sends.
         sync_perturbation: with sharpness and several processes: perturb along the gradient of the whole
             batch, as one process would. False: each rank along that of its own part (m-sharpness, as in
-            Foret et al., arXiv 2010.01412).
+            Foret et al., arXiv 2010.01412; not with SAMO).
         shard_rows: each of n processes keeps 1/n of every task's row: 1/n of the memory and about half of
             the traffic. For weightings that look at Gram matrices (or losses); one micro-batch a step;
             with sharpness "decomposed" and "direct" only, at every step.
