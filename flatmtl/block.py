@@ -230,12 +230,16 @@ class Block:
         self.has_flat = False
         _ops.pack_row_.default(self.kept, self._flat(self._tensors), self.offsets)
 
-    def adaptive_sq_norm(self, row: Tensor, eta: float) -> Tensor:
-        """Squared norm of T * ``row`` [P], T = |saved| + eta, or 1 where exempt; float64 0-dim."""
-        cut = self._cut
-        total: Tensor = _ops.adaptive_sq_norm.default(self.kept[:cut], row[:cut], eta)
-        if cut < self.size:
-            total = total + _ops.row_norms.default(row[cut:].unsqueeze(0))[0].square()
+    def adaptive_sq_norm(self, row: Tensor, eta: float, part: slice | None = None) -> Tensor:
+        """Squared norm of T * ``row`` [P], T = |saved| + eta, or 1 where exempt; float64 0-dim.
+
+        ``part``: of these columns alone.
+        """
+        start, stop, _ = (part or slice(None)).indices(self.size)
+        cut = min(max(self._cut, start), stop)
+        total: Tensor = _ops.adaptive_sq_norm.default(self.kept[start:cut], row[start:cut], eta)
+        if cut < stop:
+            total = total + _ops.row_norms.default(row[cut:stop].unsqueeze(0))[0].square()
         return total
 
     def perturb(

@@ -21,7 +21,7 @@ from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.fsdp_step import FSDPOneRowStep, FSDPStep
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
-from flatmtl.distributed.ranks import RankFailedError, Ranks
+from flatmtl.distributed.ranks import RankFailedError, Ranks, hardware, raise_failed
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.samo_step import SamoStep
 from flatmtl.distributed.sharded_step import Second, ShardedStep
@@ -59,6 +59,10 @@ from flatmtl.weighting._rows import RowMethod
 
 if TYPE_CHECKING:
     from flatmtl.affinity.meter import Meter
+
+
+_HARDWARE = "hardware"
+_SEVERAL = 10  # steps after which all tasks and parameters should have been seen
 
 
 @dataclass(frozen=True)
@@ -280,9 +284,7 @@ class Engine:
                 "train, as a list of closures; call step() or zero_grad() first"
             )
         self._refresh_roles()
-        if not ranks.agreed:
-            check_same(gather_or_raise(ranks, self._facts(groups)))
-            ranks.agreed = True
+        self._agree(ranks, groups)
         ranks.send_buffers()
         self._everyones = []
         link = self._link_of(ranks, groups, samples, batches_of(given))
@@ -295,19 +297,55 @@ class Engine:
         else:
             self.one_row_step = link
         try:
-            return self._gradients(given, groups, scale)
+            made = self._gradients(given, groups, scale)
         except RankFailedError:
             raise
         except Exception as failure:
-            found = ranks.why() if ranks.copies else None
+            # a collective that failed may do so because another rank has left it
+            found = ranks.why() if ranks.lost(failure) else None
             if found is not None:
                 raise found from failure
             link.fail(failure)
             raise
+        else:
+            if link.failed is not None and link.failed.is_cuda:
+                self._watch.post((link.failed == 0).reshape(1), raise_failed(ranks))
+            return made
         finally:
             if isinstance(link, RowStep) and link.capture is not None:
                 self._counted = link.capture.all_counts()
             self.row_step = self.one_row_step = self.samo_step = self.turn_step = None
+
+    def _agree(self, ranks: Ranks, groups: Sequence[dict[str, Any]]) -> None:
+        """Has the ranks compare what they train, before the first step.
+
+        Raises:
+            ValueError: it differs.
+        """
+        if not ranks.agreed:
+            on = hardware(self._params()[0].device)
+            found = gather_or_raise(ranks, {**self._facts(groups), _HARDWARE: on})
+            kinds = [facts.pop(_HARDWARE) for facts in found]
+            check_same(found)
+            if len(set(kinds)) > 1:
+                warnings.warn(
+                    f"ranks run on different hardware, {sorted(set(kinds))}: their weights may differ in the "
+                    "last bits, and parameters drift apart with them",
+                    stacklevel=outside(),
+                )
+            ranks.agreed = True
+        roles = self.roles
+        if roles is not None and not roles.complete and self.steps == _SEVERAL and not ranks.rank:
+            names = [f"task {name!r}" for name in roles.unseen()]
+            reach = zip(roles.params, roles.reach(), strict=True)
+            names += [self.label(param) for param, tasks in reach if not tasks]
+            what = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+            warnings.warn(
+                f"no rank has seen {what} yet: as long as that is so the ranks tell each other at every step "
+                "what they found, which takes longer; freeze parameters that nothing reaches "
+                "(requires_grad_(False))",
+                stacklevel=outside(),
+            )
 
     def _link_of(
         self,

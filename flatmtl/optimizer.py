@@ -198,7 +198,7 @@ class MultiTaskOptimizer(Optimizer):
         if ranks is not None:
             _check_ranks(sharpness, how, weighting, sync_perturbation)
             if ranks.copies:
-                _check_shards(sharpness, how, weights_every)
+                _check_shards(how, weights_every)
         if shard_rows or (ranks is not None and ranks.copies):
             what = (
                 "shard_rows must be False" if shard_rows else "params must not be sharded (FSDP2)"
@@ -605,12 +605,10 @@ def _check_ranks(
         raise NotImplementedError(f"process_group must be None (one process) with {what}")
 
 
-def _check_shards(sharpness: Sharpness | Strategy | None, how: object, every: int) -> None:
+def _check_shards(how: object, every: int) -> None:
     """Raises NotImplementedError for what parameters that FSDP2 shards do not allow yet."""
     why = None
-    if isinstance(sharpness, SAM) and sharpness.adaptive:
-        why = "SAM(adaptive=True)"
-    elif how != "sequential":
+    if how != "sequential":
         why = f"jacobian={how!r}"
     elif every > 1:
         why = f"weights_every={every}"

@@ -194,6 +194,10 @@ class Roles:
         """Whether every task has been there and every parameter been reached: there is no more to learn."""
         return self.settled and len(self._seen) == len(self.tasks) and all(self._reach)
 
+    def unseen(self) -> list[TaskName]:
+        """The tasks that no pass had so far."""
+        return [name for task, name in enumerate(self.tasks) if task not in self._seen]
+
     def reached_by(self, tasks: Collection[int]) -> set[int]:
         """Positions of the parameters with a role that some of these tasks are known to reach."""
         index = [*self.shared_index, *(k for t in tasks for k in self.own_index.get(t, []))]

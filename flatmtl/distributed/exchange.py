@@ -104,11 +104,13 @@ class Exchange:
         if self._stages and not self._stages[0]:
             self._stages.pop(0)
         tails = self._messages.tails(name).double()  # [T, tail]
-        counts = tails[:, :FAILED].sum(1)
+        counts, failed = tails[:, :FAILED].sum(1), tails[:, FAILED].sum()
         by = torch.where(counts > 0, counts, 1.0)
+        # where no host looks at the mark in time, a step that is not finite is not made
+        by = torch.where(failed > 0, torch.nan, by)
         for task, divisor in enumerate(by.unbind()):
             self._messages.message(name, task).div_(divisor)
-        return Arrived(counts, tails[:, FAILED].sum())
+        return Arrived(counts, failed)
 
 
 class ShardedExchange(Exchange):

@@ -261,6 +261,14 @@ class FSDPStep(RowStep):
     def taken(self, task: int) -> None:
         """Nothing is sent: FSDP2 has done it."""
 
+    def adaptive_sq_norm(self, block: Block, row: Tensor, eta: float) -> Tensor:
+        """As ``Block.adaptive_sq_norm``, over all ranks' columns."""
+        total = torch.zeros((), dtype=torch.float64, device=block.device)
+        for part, sharded in runs_of(block):
+            share = 1.0 / (self._ranks.copies if sharded else self._ranks.size)
+            total = total + block.adaptive_sq_norm(row, eta, part) * share
+        return self._ranks.total(total)
+
     def take(
         self, passes: Passes, task: int, scale: Tensor | None, *, query: bool
     ) -> Tensor | None:

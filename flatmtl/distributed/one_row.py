@@ -33,6 +33,7 @@ class OneRowStep:
         extra: T -> how many numbers are added up with the losses.
 
     Attributes:
+        failed: 0-dim, above 0 where a rank has failed; None: no row has come yet.
         counts: what each task's loss counts for on this rank.
         told: messages carry the news that this rank has failed.
         shares: of each micro-batch, float64 [T]: the part that this rank's losses have in the means.
@@ -53,6 +54,7 @@ class OneRowStep:
         self._counts: list[Tensor] = []
         self._told = False  # the ranks know each other's tasks of this micro-batch
         self.shares: list[Tensor] = []
+        self.failed: Tensor | None = None
         self.counts: list[float] = []
         self.told = False
         self._over = False
@@ -142,9 +144,11 @@ class OneRowStep:
         self._rows.pop(0)
         self._over = not self._rows
         self._ranks.total(message)
+        self.failed = message[-1]
         if message.device.type == "cpu" and not failed and message[-1] > 0:
             self._over = True
             raise self._ranks.told()
+        message = torch.where(message[-1] > 0, torch.nan, message) if message.is_cuda else message
         for row, part in zip(rows, message.split([*(r.numel() for r in rows), 1]), strict=False):
             row.copy_(part)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmtl.distributed.shards import is_sharded, mesh_of
+from flatmtl.ops._library import cpu_isa
 
 ProcessGroup = dist.ProcessGroup
 
@@ -55,8 +57,15 @@ class Ranks:
             0  # steps that some rank failed in: each has a place of its own in the store
         )
 
+    def __reduce__(self) -> Any:  # noqa: ANN401
+        raise TypeError(
+            "an optimizer of several processes cannot be pickled: save its state_dict(), or a "
+            "flatmtl.distributed.Checkpoint"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return Ranks(self.group, self.replicas, self.copies, self.units)
+        replicas, units = (copy.deepcopy(modules, memo) for modules in (self.replicas, self.units))
+        return Ranks(self.group, replicas, self.copies, units)
 
     # ------------------------------------------------------------ collectives
 
@@ -176,6 +185,10 @@ class Ranks:
             f"the step was made on no rank, as one failed: {text} (seen from rank {self.rank})"
         )
 
+    def lost(self, failure: Exception) -> bool:
+        """Whether a failure here may be the consequence of another rank's."""
+        return self.broken or (bool(self.copies) and isinstance(failure, RuntimeError))
+
     def why(self) -> RankFailedError | None:
         """The error that another rank has left, if one has: what failed here may be its consequence."""
         try:
@@ -189,6 +202,27 @@ class Ranks:
 
     def _store(self) -> Any:  # noqa: ANN401
         return dist.distributed_c10d._get_default_store()
+
+
+def hardware(device: torch.device) -> str:
+    """What this rank's arithmetic runs on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {cpu_isa()}"
+
+
+def raise_failed(ranks: Ranks) -> Callable[[list[bool]], None]:
+    """An act on "no rank has failed" (``Watch``).
+
+    Raises:
+        RankFailedError: (the act) the flag is false.
+    """
+
+    def act(sound: list[bool]) -> None:
+        if not all(sound):
+            raise ranks.told()
+
+    return act
 
 
 def find_ranks(

@@ -34,6 +34,7 @@ class RowStep:
         local: the same.
         capture: takes this rank's gradients.
         averaged: the losses over all ranks, once the last rows have come.
+        failed: 0-dim, above 0 where a rank has failed; None: nothing has come yet.
         grams: Gram matrices of whole rows, float64 [T, T], where this rank has a part of each.
     """
 
@@ -57,6 +58,7 @@ class RowStep:
         self._over = False
         self.capture: RankedCapture | None = None
         self.averaged: list[Tensor | None] = []
+        self.failed: Tensor | None = None
         self.grams: dict[str, Tensor] = {}
         if self._known:
             assert roles is not None
@@ -173,6 +175,7 @@ class RowStep:
     def _arrive(self, name: str) -> Arrived:
         assert self._exchange is not None
         arrived = self._exchange.arrive(name)
+        self.failed = arrived.failed if self.failed is None else self.failed + arrived.failed
         if arrived.failed.device.type == "cpu" and arrived.failed > 0:
             self._over = True
             raise self._ranks.told()

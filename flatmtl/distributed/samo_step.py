@@ -26,6 +26,7 @@ class SamoStep:
 
     Attributes:
         clean: sends the losses and the mean gradient.
+        failed: 0-dim, above 0 where a rank has failed; None: no row at perturbed parameters has come yet.
     """
 
     def __init__(self, ranks: Ranks, roles: Roles | None, samples: Samples, batches: int) -> None:
@@ -37,6 +38,7 @@ class SamoStep:
         self._exchange: Exchange | None = None
         self._present: set[int] = set()
         self._over = False
+        self.failed: Tensor | None = None
 
     def begin(self, roles: Roles, here: set[int], present: set[int]) -> None:
         """The mean gradient has come.
@@ -104,6 +106,7 @@ class SamoStep:
         assert self._roles is not None
         self._over = True
         arrived = self._exchange.arrive(_ROW)
+        self.failed = arrived.failed
         if arrived.failed.device.type == "cpu" and arrived.failed > 0:
             raise self._ranks.told()
         shared, own = squares(self._roles, _ROW, self._present)

@@ -52,7 +52,9 @@ def perturb(
         block = roles.own[task]
         moved.append((block, row, sq, [radii.own[id(p)] for p in block.params]))
     if sharpness.adaptive:
-        moved = [(b, r, b.adaptive_sq_norm(r, eta), rho) for b, r, _, rho in moved]
+        link = engine.row_step
+        norm = link.adaptive_sq_norm if isinstance(link, FSDPStep) else Block.adaptive_sq_norm
+        moved = [(b, r, norm(b, r, eta), rho) for b, r, _, rho in moved]
     if isinstance(sharpness, SAM) and sharpness.joint_norm:
         first = moved[0][0].device
         total = torch.stack([sq.to(first) for _, _, sq, _ in moved]).sum()
