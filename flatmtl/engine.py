@@ -23,8 +23,10 @@ from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks, hardware, raise_failed
 from flatmtl.distributed.row_step import RowStep
+from flatmtl.distributed.samo_step import SamoStep
 from flatmtl.distributed.sharded_step import Second, ShardedStep
 from flatmtl.distributed.shards import as_grad, local_of
+from flatmtl.distributed.turn_step import TurnStep
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
@@ -45,7 +47,7 @@ from flatmtl.steps.coop import coop
 from flatmtl.steps.maml import maml
 from flatmtl.steps.one_pass import one_pass
 from flatmtl.steps.plain import plain
-from flatmtl.steps.represented import represented
+from flatmtl.steps.represented import message, represented
 from flatmtl.steps.samo import samo
 from flatmtl.steps.sharp import sharp
 from flatmtl.strategies import MAML, CoopFlat, Strategy
@@ -102,6 +104,8 @@ class Engine:
         meters: measure affinities at the steps that have task gradients.
         row_step: what goes between several processes at a step with a row a task, while it is made.
         one_row_step: the same for a step with one row.
+        samo_step: the same for one with SAMO.
+        turn_step: the same for one with CoopFlat.
         lost: tasks of this step whose loss was not finite, left out of the one backward pass.
     """
 
@@ -144,6 +148,8 @@ class Engine:
         self._guarded = False  # the buffers before the step are kept
         self.row_step: RowStep | None = None
         self.one_row_step: OneRowStep | None = None
+        self.samo_step: SamoStep | None = None
+        self.turn_step: TurnStep | None = None
         self._record_args: dict[str, Any] | None = None  # for the history, once stepped
         # parameters, the .grad they were given, and its version
         self._written: list[tuple[Tensor, Tensor, int]] = []
@@ -282,6 +288,10 @@ class Engine:
         link = self._link_of(ranks, groups, samples, batches_of(given))
         if isinstance(link, RowStep):
             self.row_step = link
+        elif isinstance(link, SamoStep):
+            self.samo_step, self.one_row_step = link, link.clean
+        elif isinstance(link, TurnStep):
+            self.turn_step = link
         else:
             self.one_row_step = link
         try:
@@ -302,7 +312,7 @@ class Engine:
         finally:
             if isinstance(link, RowStep) and link.capture is not None:
                 self._counted = link.capture.all_counts()
-            self.row_step = self.one_row_step = None
+            self.row_step = self.one_row_step = self.samo_step = self.turn_step = None
 
     def _agree(self, ranks: Ranks, groups: Sequence[dict[str, Any]]) -> None:
         """Has the ranks compare what they train, before the first step.
@@ -341,7 +351,7 @@ class Engine:
         groups: Sequence[dict[str, Any]],
         samples: Samples,
         batches: int,
-    ) -> RowStep | OneRowStep:
+    ) -> RowStep | OneRowStep | SamoStep:
         """What the ranks are going to send each other at the next step."""
         options = self.options
         apart, reuse = self._kind(self._radii(groups))
@@ -364,6 +374,13 @@ class Engine:
                     ranks, self.roles, samples, None, perturbed=False, local=False, tables=tables
                 )
             return OneRowStep(ranks, self.roles, samples, batches, rows, measuring)
+        if isinstance(options.strategy, CoopFlat):
+            turn = functools.partial(options.strategy.turn, self.steps)
+            return TurnStep(ranks, self.roles, samples, batches, turn)
+        if not apart and isinstance(options.sharpness, SAMO):
+            return SamoStep(ranks, self.roles, samples, batches)
+        if options.strategy is None and isinstance(options.jacobian, Representation):
+            return OneRowStep(ranks, self.roles, samples, batches, [1], extra=message)
         perturbed = not apart or options.strategy is not None
         local = perturbed and not options.sync_perturbation
         losses = (lambda: self._losses) if self._looks_at_losses else None
@@ -380,8 +397,16 @@ class Engine:
                 second=second,
                 tables=tables,
             )
+        twice = isinstance(options.strategy, MAML) and not options.strategy.first_order
         return RowStep(
-            ranks, self.roles, samples, losses, perturbed=perturbed, local=local, tables=tables
+            ranks,
+            self.roles,
+            samples,
+            losses,
+            perturbed=perturbed,
+            local=local,
+            tables=tables,
+            twice=twice,
         )
 
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:

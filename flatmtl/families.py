@@ -86,6 +86,12 @@ class Families:
         """update = A(g)."""
         return self._aggregate("loss", block, "jac", block.update, squares, sound)
 
+    def solved(self, gram: Tensor, sound: Tensor) -> Found:
+        """The weights of rows whose Gram matrix [T, T] is there already."""
+        gram = self.unscaled(gram)
+        seen = gram.diag().diag() if self._solves.weightings["loss"].diagonal_only else gram
+        return Found(self._solve("loss", seen, sound), gram=gram if self._full else seen)
+
     def direct(self, block: Block | Part, sound: Tensor) -> Found:
         """update = A(s)."""
         found = self._aggregate("loss", block, "sam", block.update, None, sound)

@@ -96,7 +96,7 @@ class MultiTaskOptimizer(Optimizer):
             the whole batch; ``docs/scaling.md`` has what it sends.
         sync_perturbation: with sharpness and several processes: perturb along the gradient of the whole
             batch, as one process would. False: each rank along that of its own part (m-sharpness, as in
-            Foret et al., arXiv 2010.01412).
+            Foret et al., arXiv 2010.01412; not with SAMO).
         shard_rows: each of n processes keeps 1/n of every task's row: 1/n of the memory and about half of
             the traffic. For weightings that look at Gram matrices (or losses); one micro-batch a step;
             with sharpness "decomposed" and "direct" only, at every step.
@@ -196,7 +196,7 @@ class MultiTaskOptimizer(Optimizer):
                 row_dtype=row_dtype,
             )
         if ranks is not None:
-            _check_ranks(sharpness, how)
+            _check_ranks(sharpness, how, weighting, sync_perturbation)
             if ranks.copies:
                 _check_shards(how, weights_every)
         if shard_rows or (ranks is not None and ranks.copies):
@@ -603,15 +603,18 @@ class MultiTaskOptimizer(Optimizer):
         return {"finite": finite, **engine.solves.statuses}
 
 
-def _check_ranks(sharpness: Sharpness | Strategy | None, how: object) -> None:
+def _check_ranks(
+    sharpness: Sharpness | Strategy | None,
+    how: object,
+    weighting: Weighting,
+    sync: bool,
+) -> None:
     """Raises NotImplementedError for what several processes do not know yet."""
     what = None
-    if isinstance(sharpness, (SAMO, CoopFlat)) or (
-        isinstance(sharpness, MAML) and not sharpness.first_order
-    ):
-        what = f"sharpness={sharpness!r}"
-    elif isinstance(how, Representation):
-        what = f"jacobian={how!r}"
+    if isinstance(sharpness, SAMO) and not sync:
+        what = "SAMO and sync_perturbation=False"
+    elif isinstance(how, Representation) and isinstance(weighting, RowMethod):
+        what = f"jacobian={how!r} and {type(weighting).__name__}"
     if what is not None:
         raise NotImplementedError(f"process_group must be None (one process) with {what}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,11 +97,16 @@ class Features:
 
     def __init__(self, tensors: Sequence[Tensor], tasks: int) -> None:
         self.tensors = list(tensors)
-        plain = [t.detach() for t in tensors]
-        self.block = Block(
+        self._tasks = tasks
+
+    @cached_property
+    def block(self) -> Block:
+        """[T, F] rows; there is none where no task has a loss."""
+        plain = [t.detach() for t in self.tensors]
+        return Block(
             [t if t.is_contiguous() else t.contiguous() for t in plain],
             lambda k: f"output {k} of jacobian's module",
-            tasks,
+            self._tasks,
         )
 
     def backward(self, row: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -86,6 +86,8 @@ class Roles:
         owner: position of a parameter -> the task whose own it is.
         settled: whether the blocks are laid out.
         messages: the buffers of rows where they are joined.
+        of_turn: task -> what its gradient reaches, whatever its role, as far as ranks have told each other
+            (CoopFlat).
         sharded: those where each process keeps a part.
     """
 
@@ -113,6 +115,7 @@ class Roles:
         self.owner: dict[int, int] = {}
         self.settled = False
         self.messages: Messages | None = None
+        self.of_turn: dict[int, set[int]] = {}
         self.sharded: ShardedRows | None = None
 
     def _is_shared(self, k: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +24,24 @@ class Directions(Stream):
         self._options = options
         self._model = model
 
-    def bend(self, block: Block, task: int, passes: Passes, tasks: list[Any]) -> Tensor:
+    def skip(self, block: Block) -> None:
+        """Draws as ``bend`` does, for nothing: another process bends."""
+        block.update.normal_(generator=self.on(block.device))
+
+    def bend(
+        self,
+        block: Block,
+        task: int,
+        passes: Passes,
+        tasks: list[Any],
+        rise: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
         """``block.sam[task]`` <- (1 - beta) gm + beta ||gm|| sign z/||z||, tensor by tensor.
 
         gm is ``block.mean``; sign that of task's loss at saved + spsa_eps z minus that at saved -
         spsa_eps z: SPSA's estimate is a multiple of z, and only its sign is left when it is normalised.
-        The parameters are left at the last of the two points.
+        The parameters are left at the last of the two points. ``rise`` makes of this process's difference
+        that of the whole batch.
 
         Returns:
             The direction's squared norm, float64 0-dim.
@@ -42,7 +54,7 @@ class Directions(Stream):
             above = _loss(passes, tasks, task)
             block.move(z, -eps)
             below = _loss(passes, tasks, task)
-        sign = (above - below).sign().to(block.device)
+        sign = rise(task, above - below).sign().to(block.device)
         mean, bent = block.views(block.mean), block.views(z)
         lengths = torch._foreach_norm(mean)
         own = torch._foreach_norm(bent)

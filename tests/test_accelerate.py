@@ -248,7 +248,7 @@ def test_wrong_use_is_named(rng, accelerator):
     prepared = one.prepare(optimizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(one), "num_processes", 2)
-        with pytest.raises(NotImplementedError, match="one process .* got 2"):
+        with pytest.raises(ValueError, match="where 2 train, got one of 1"):
             Backward(one, prepared)
     backward = Backward(one, prepared)
     with pytest.raises(ValueError, match=r"given with their batch, as backward\(task_losses"):

@@ -365,7 +365,7 @@ def test_wrong_use_is_named(rng):
         fit(Module(), data(rng), gradient_clip_val=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lightning.Trainer, "world_size", 2)
-        with pytest.raises(NotImplementedError, match="one process .* got 2"):
+        with pytest.raises(ValueError, match="where 2 train, got one of 1"):
             fit(Module(), data(rng))
     for name, value in [("accumulate_grad_batches", 0), ("gradient_clip_algorithm", "l2")]:
         module = Module()

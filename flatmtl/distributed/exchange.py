@@ -102,6 +102,10 @@ class Exchange:
             self._stages = [stage]
             for name, task in list(stage):
                 self._send_marked(name, task)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until all that was sent has arrived, for a rank that makes nothing of it."""
         for works in self._works.values():
             self._ranks.wait(works)
 

@@ -19,11 +19,13 @@ class Averaged:
         values: float64 [T], NaN where no rank has the task.
         shares: float64 [T], the part that this rank's loss has in its mean.
         counts: float64 [T], what all ranks' losses count for together.
+        extra: float64 1-D, the sum over the ranks of what else they sent, where they did.
     """
 
     values: Tensor
     shares: Tensor
     counts: Tensor
+    extra: Tensor | None = None
 
     def entries(self) -> list[Tensor | None]:
         """The losses one by one, None where no rank has the task (known on the CPU only)."""
@@ -39,6 +41,7 @@ def average(
     counts: Sequence[float],
     device: torch.device,
     *,
+    extra: Sequence[Tensor] = (),
     failed: bool = False,
 ) -> Averaged:
     """One small message.
@@ -48,6 +51,7 @@ def average(
         losses: 0-dim each, None for a task that is missing here.
         counts: what each counts for; of a missing one nothing.
         device: where the result is wanted.
+        extra: numbers that are added up with them, float64 1-D each.
         failed: this rank cannot go on.
 
     Raises:
@@ -64,12 +68,12 @@ def average(
     # full: a kernel's argument, where a tensor made of a list would be copied to the device
     numbers = [*here, float(failed)]
     entries += [torch.full((), n, dtype=torch.float64, device=device) for n in numbers]
-    message = torch.stack(entries)
+    message = torch.cat([torch.stack(entries), *extra])
     mine = message[tasks : 2 * tasks].clone()
     ranks.total(message)
-    if device.type == "cpu" and not failed and message[-1] > 0:
+    if device.type == "cpu" and not failed and message[2 * tasks] > 0:
         raise ranks.told()
     total = message[tasks : 2 * tasks]
     values = torch.where(total > 0, message[:tasks] / total, torch.nan)
     shares = torch.where(total > 0, mine / total, 0.0)
-    return Averaged(values, shares, total)
+    return Averaged(values, shares, total, message[2 * tasks + 1 :])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,12 +33,14 @@ class OneRowStep:
             perturbed parameters.
         measuring: takes every task's row for probes, between the last of the losses and the row; None:
             nothing is measured.
+        extra: T -> how many numbers are added up with the losses.
 
     Attributes:
         failed: 0-dim, above 0 where a rank has failed; None: no row has come yet.
         measuring: as given.
         counts: what each task's loss counts for on this rank.
         averaged: the losses over all ranks, added up over the micro-batches so far.
+        told: messages carry the news that this rank has failed.
         shares: of each micro-batch, float64 [T]: the part that this rank's losses have in the means.
     """
 
@@ -50,8 +52,10 @@ class OneRowStep:
         batches: int,
         rows: Sequence[int],
         measuring: RowStep | None = None,
+        extra: Callable[[int], int] = lambda tasks: 0,
     ) -> None:
         self._ranks, self._roles, self._samples = ranks, roles, samples
+        self._extra = extra
         self._left, self._rows = batches, list(rows)
         self._counts: list[Tensor] = []
         self.measuring = measuring
@@ -60,6 +64,7 @@ class OneRowStep:
         self.failed: Tensor | None = None
         self.counts: list[float] = []
         self.averaged: list[Tensor | None] = []
+        self.told = False
         self._over = False
 
     @property
@@ -75,16 +80,31 @@ class OneRowStep:
         """The ranks have told each other what their tasks reach, in this micro-batch."""
         self._roles, self._told = roles, True
 
+    def counts_here(self, losses: TaskLosses) -> list[float]:
+        """What each task's loss of a micro-batch counts for; 0 for one that is missing."""
+        counts = counts_of(self._samples, losses.names)
+        return [
+            0.0 if loss is None else counts.get(task, 1.0)
+            for task, loss in enumerate(losses.detached)
+        ]
+
     def average(self, roles: Roles, losses: TaskLosses) -> Averaged:
         """The losses of a micro-batch over all ranks.
 
         Raises:
             RankFailedError: a rank has failed.
         """
+        return self.average_and_add(roles, losses, [])
+
+    def average_and_add(
+        self, roles: Roles, losses: TaskLosses, extra: Sequence[Tensor]
+    ) -> Averaged:
+        """The same, and the sums of ``extra`` (float64 1-D each) in the same message."""
         counts = counts_of(self._samples, roles.tasks)
         self.counts = [counts.get(task, 1.0) for task in range(len(roles.tasks))]
         self._left -= 1
-        found = average(self._ranks, losses.detached, self.counts, roles.params[0].device)
+        device = roles.params[0].device
+        found = average(self._ranks, losses.detached, self.counts, device, extra=extra)
         self.averaged = added_entries(self.averaged, found.entries())
         self._told = False
         self._counts.append(found.counts)
@@ -141,6 +161,11 @@ class OneRowStep:
         for row, part in zip(rows, message.split([*(r.numel() for r in rows), 1]), strict=False):
             row.copy_(part)
 
+    def _length(self, roles: Roles, rows: int) -> int:
+        """Of the message with so many rows."""
+        shared = 0 if roles.shared is None else roles.shared.size
+        return rows * shared + sum(block.size for block in roles.own.values())
+
     def _present(self, roles: Roles) -> set[int]:
         counts = torch.stack(self._counts).sum(0)
         if counts.device.type != "cpu":
@@ -165,19 +190,19 @@ class OneRowStep:
             return
         assert roles is not None
         self._ranks.tell(failure)
+        self.told = True
         device, tasks = roles.params[0].device, len(roles.tasks)
         reading = device.type == "cpu"
         for _ in range(self._left):
-            average(self._ranks, [None] * tasks, [0.0] * tasks, device, failed=True)
+            zeros = [torch.zeros(self._extra(tasks), dtype=torch.float64, device=device)]
+            average(self._ranks, [None] * tasks, [0.0] * tasks, device, extra=zeros, failed=True)
             if reading:
                 return
         if measuring is not None and measuring.abandon() and reading:
             return
-        own = sum(block.size for block in roles.own.values())
-        size = 0 if roles.shared is None else roles.shared.size
         for count in list(self._rows):
-            zeros = torch.zeros(count * size + own, dtype=self._dtype, device=device)
-            self._add_up([zeros], failed=True)
+            row = torch.zeros(self._length(roles, count), dtype=self._dtype, device=device)
+            self._add_up([row], failed=True)
             if reading:
                 return
 

@@ -119,6 +119,15 @@ class Ranks:
 
     # ------------------------------------------------------------ the replicas
 
+    def watch(self, model: nn.Module) -> None:
+        """The DistributedDataParallel modules in it are replicas too.
+
+        Raises:
+            ValueError: one cannot be trained so.
+        """
+        known = set(map(id, self.replicas))
+        self.replicas += [module for module in replicas_in(model) if id(module) not in known]
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Passes inside start no collective of the replicas' own.
@@ -241,13 +250,7 @@ def find_ranks(
     if not (dist.is_available() and dist.is_initialized()):
         return None
     modules = [] if model is None else list(model.modules())
-    replicas = [m for m in modules if isinstance(m, DistributedDataParallel)]
-    for module in replicas:
-        if module.static_graph:
-            raise ValueError(
-                "model must be a DistributedDataParallel without static_graph=True, whose hooks count "
-                "backward passes: a step has one for every task"
-            )
+    replicas = [] if model is None else replicas_in(model)
     mesh = mesh_of(params)
     if mesh is not None:
         return _find_sharded(mesh, modules, process_group)
@@ -270,6 +273,22 @@ def find_ranks(
             return None
     assert isinstance(group, dist.ProcessGroup)
     return Ranks(group, replicas) if dist.get_world_size(group) > 1 else None
+
+
+def replicas_in(model: nn.Module) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules that a model is or holds.
+
+    Raises:
+        ValueError: one cannot be trained with a backward pass a task.
+    """
+    replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    for module in replicas:
+        if module.static_graph:
+            raise ValueError(
+                "model must be a DistributedDataParallel without static_graph=True, whose hooks count "
+                "backward passes: a step has one for every task"
+            )
+    return replicas
 
 
 def _find_sharded(mesh: Any, modules: Sequence[nn.Module], group: object) -> Ranks:  # noqa: ANN401

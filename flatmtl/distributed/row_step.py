@@ -30,6 +30,7 @@ class RowStep:
         local: the perturbations are those of this rank's own rows, which are sent after them.
         tables: from the number of tasks, how many columns each table of losses has that ``means`` is going
             to be given.
+        twice: from the averaged rows at perturbed parameters others are made, which are averaged too.
 
     Attributes:
         local: the same.
@@ -50,11 +51,13 @@ class RowStep:
         perturbed: bool,
         local: bool,
         tables: Callable[[int], list[int]] = lambda _: [],
+        twice: bool = False,
     ) -> None:
         self._ranks = ranks
         self._samples, self._losses = samples, losses
         self._perturbed, self.local = perturbed, perturbed and local
         self._tables = tables
+        self._twice = twice and not self.local
         self._known = ranks.agreed and roles is not None and roles.complete
         self._exchange: Exchange | None = None
         self._over = False
@@ -90,7 +93,7 @@ class RowStep:
     def _stages(self, tasks: int) -> Stages:
         if self.local:
             return [[(name, task) for task in range(tasks) for name in ("jac", "sam")]]
-        names = ("jac", "sam") if self._perturbed else ("jac",)
+        names = ["jac", *["sam"] * (self._perturbed + self._twice)]
         return [[(name, task) for task in range(tasks)] for name in names]
 
     def _exchange_of(self, roles: Roles, stages: Stages) -> Exchange:
@@ -148,6 +151,14 @@ class RowStep:
         assert self.capture is not None
         self._exchange.send("sam", task, self.capture.counts(task))
 
+    def first_rows(self) -> None:
+        """The rows at the perturbed parameters <- their means, for others to be made of them.
+
+        Raises:
+            RankFailedError: a rank has failed.
+        """
+        self._arrive("sam")
+
     def perturbed_rows(self, captured: Captured) -> tuple[Captured, dict[int, list[Tensor]]]:
         """The averaged rows at the parameters, and the squared norms of those at the perturbed ones.
 
@@ -187,13 +198,7 @@ class RowStep:
     def _squares(self, name: str, present: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Squared norms of the averaged rows: float64 [T] of the shared ones, and of the tasks' own."""
         assert self.capture is not None
-        roles = self.capture.roles
-
-        def of(block: Block) -> Tensor:
-            return ops.row_norms(block.jac if name == "jac" else block.sam).square()
-
-        shared = roles.per_task({}) if roles.shared is None else of(roles.shared)
-        return shared, {t: of(block)[0] for t, block in roles.own.items() if t in present}
+        return squares(self.capture.roles, name, present)
 
     def _end(self) -> None:
         capture = self.capture
@@ -228,3 +233,13 @@ class RowStep:
             return False
         self._exchange.abandon()
         return True
+
+
+def squares(roles: Roles, name: str, present: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """Squared norms of whole rows: float64 [T] of the shared ones, and of the present tasks' own."""
+
+    def of(block: Block) -> Tensor:
+        return ops.row_norms(block.jac if name == "jac" else block.sam).square()
+
+    shared = roles.per_task({}) if roles.shared is None else of(roles.shared)
+    return shared, {t: of(block)[0] for t, block in roles.own.items() if t in present}

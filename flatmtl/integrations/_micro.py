@@ -5,21 +5,38 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatmtl.losses import Losses
+from flatmtl.optimizer import MultiTaskOptimizer
 
 
-def check_alone(processes: int) -> None:
-    """Several processes would each take a step of their own, without a word.
+def check_processes(optimizer: MultiTaskOptimizer, processes: int, model: nn.Module | None) -> None:
+    """Has the optimizer know the replicas of its model, which may have been made after it.
+
+    Args:
+        optimizer: the optimizer.
+        processes: how many train.
+        model: as it was wrapped for them.
 
     Raises:
-        NotImplementedError: there are.
+        ValueError: the optimizer does not train over all of them, or no model is a DistributedDataParallel.
     """
-    if processes > 1:
-        raise NotImplementedError(
-            "MultiTaskOptimizer works in one process so far: it does not average gradients over several, "
-            f"got {processes}"
+    ranks = optimizer._options.ranks
+    size = 1 if ranks is None else ranks.size
+    if size != processes:
+        raise ValueError(
+            "process_group of MultiTaskOptimizer must be that of all processes, "
+            f"torch.distributed.group.WORLD, where {processes} train, got one of {size}"
+        )
+    if ranks is None:
+        return
+    if model is not None:
+        ranks.watch(model)
+    if not ranks.replicas:
+        raise ValueError(
+            "model must be given as it was wrapped in a DistributedDataParallel where several processes "
+            f"train, got {'none' if model is None else type(model).__name__}"
         )
 
 

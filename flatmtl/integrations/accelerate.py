@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flatmtl.integrations._micro import check_alone, divide, divided
+from flatmtl.integrations._micro import check_processes, divide, divided
 from flatmtl.losses import Losses
 from flatmtl.optimizer import MultiTaskOptimizer
 
@@ -21,7 +21,7 @@ class Backward:
     ::
 
         model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-        backward = flatmtl.integrations.accelerate.Backward(accelerator, optimizer)
+        backward = flatmtl.integrations.accelerate.Backward(accelerator, optimizer, model)
         for batch in loader:
             with accelerator.accumulate(model):
                 losses = backward(task_losses, model, batch)  # task_losses(model, batch, tasks=...)
@@ -36,23 +36,35 @@ class Backward:
     see a step that the scaler skipped: Accelerate by itself only notices optimizers that are then
     not called at all.
 
+    With several processes give the ``MultiTaskOptimizer``, made before ``prepare`` wraps the model,
+    ``process_group=torch.distributed.group.WORLD``, which is None in one process. A step is then that of one
+    process with the batches of all; batches that are accumulated are kept as with sharpness.
+
     Args:
         accelerator: the ``accelerate.Accelerator``.
         optimizer: what ``accelerator.prepare`` made of a ``MultiTaskOptimizer``.
+        model: what it made of the model; where several processes train.
 
     Raises:
         TypeError: it was not made of one.
-        NotImplementedError: there are several processes.
+        ValueError: there are several processes, and ``process_group`` is not that of all of them, or
+            ``model`` is missing.
     """
 
-    def __init__(self, accelerator: Any, optimizer: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        accelerator: Any,  # noqa: ANN401
+        optimizer: Any,  # noqa: ANN401
+        model: torch.nn.Module | None = None,
+    ) -> None:
         multitask = getattr(optimizer, "optimizer", None)
         if not isinstance(multitask, MultiTaskOptimizer):
             raise TypeError(
                 "optimizer must be what accelerator.prepare made of a flatmtl.MultiTaskOptimizer, got "
                 + type(optimizer).__name__
             )
-        check_alone(accelerator.num_processes)
+        check_processes(multitask, accelerator.num_processes, model)
+        self._keeps = accelerator.num_processes > 1
         self._accelerator, self._accelerated, self._optimizer = accelerator, optimizer, multitask
         self._kept: list[Callable[..., Losses]] = []  # of a step that is not complete yet
         multitask.register_step_post_hook(self._after_step)
@@ -66,12 +78,13 @@ class Backward:
         """Takes the gradients of a batch's losses.
 
         With sharpness, or an exact ``AffinityProbe``, passes run over all batches of a step again, so that
-        these are kept until the last one has come, and computed then.
+        these are kept until the last one has come, and computed then; so they are where several processes
+        train, which take a step together.
 
         Args:
             losses: the losses of this batch, or a function that computes them (with sharpness or an
-                exact probe, always); it may take ``tasks=``, as a closure of ``MultiTaskOptimizer.step``
-                does.
+                exact probe, always, and where several processes accumulate batches); it may take
+                ``tasks=``, as a closure of ``MultiTaskOptimizer.step`` does.
             *args: what the function is called with. They are bound here and now: a function that finds
                 the batch in a name of the loop would find a later one.
             **options: the same.
@@ -81,23 +94,29 @@ class Backward:
             kept); None while they are kept.
 
         Raises:
-            ValueError: batches are kept, and a function comes without arguments.
+            ValueError: batches are kept, and losses come, or a function without arguments.
         """
         by = self._accelerator.gradient_accumulation_steps
         scaler = self._accelerator.scaler
+        keeping = self._keeps or self._optimizer.runs_again
         if not callable(losses) or isinstance(losses, torch.Tensor):
+            if by > 1 and self._keeps:
+                raise ValueError(
+                    "losses must be given as a function and its arguments, as backward(task_losses, "
+                    "model, batch), where several processes accumulate batches"
+                )
             found = self._optimizer.backward(divide(losses, by), scaler=scaler)
             return divide(found, 1 / by)
         if args or options:
             losses = partial(losses, *args, **options)
-        elif by > 1 and self._optimizer.runs_again and not isinstance(losses, partial):
+        elif by > 1 and keeping and not isinstance(losses, partial):
             raise ValueError(
                 "losses must be given with their batch, as backward(task_losses, model, batch), when "
-                "batches are accumulated with sharpness or an exact probe: it is run when later ones have "
-                "come"
+                "batches are accumulated with sharpness, an exact probe or several processes: it is run "
+                "when later ones have come"
             )
         closure = divided(losses, by)
-        if not self._optimizer.runs_again:
+        if not keeping:
             return divide(self._optimizer.backward(closure, scaler=scaler), 1 / by)
         self._kept.append(closure)
         if not self._accelerator.sync_gradients:

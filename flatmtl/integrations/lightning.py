@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flatmtl.integrations._micro import check_alone, divide, divided
+from flatmtl.integrations._micro import check_processes, divide, divided
 from flatmtl.losses import Losses
 from flatmtl.optimizer import MultiTaskOptimizer
 from flatmtl.sharpness import check_whole
@@ -44,6 +44,10 @@ class MultiTaskMixin:
     stepped as configured: ``"interval": "step"`` (of the optimizer) or ``"epoch"``, with ``"frequency"``.
     ``ReduceLROnPlateau`` is left to you, as Lightning removes its ``"monitor"``: step it in
     ``on_validation_epoch_end``.
+
+    With ``strategy="ddp"`` give the optimizer ``process_group=torch.distributed.group.WORLD``, which is None
+    in one process: Lightning wraps the module after it was told of the optimizer. A step is then that of
+    one process with the batches of all.
 
     Attributes:
         accumulate_grad_batches: batches a step. They are kept until the last of them has come, since
@@ -127,7 +131,7 @@ class MultiTaskMixin:
             raise TypeError(
                 f"configure_optimizers must return one flatmtl.MultiTaskOptimizer, got {got}"
             )
-        check_alone(self.trainer.world_size)
+        check_processes(optimizer, self.trainer.world_size, self.trainer.model)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         by = check_whole("accumulate_grad_batches", self.accumulate_grad_batches, 1)
         closures = [divided(self._closure(batch), by) for batch in batches]

@@ -90,6 +90,7 @@ def perturbed_passes(
     *,
     query: bool = False,
     correct: Callable[[int], list[Tensor]] | None = None,
+    stay: Callable[[int], None] | None = None,
 ) -> tuple[list[Tensor | None], dict[int, list[Tensor]]]:
     """Task by task: perturbed, forward, backward into the ``sam`` rows.
 
@@ -102,6 +103,7 @@ def perturbed_passes(
         scale: loss scale.
         query: the passes are of query data, where the closures have them.
         correct: changes a task's rows, the parameters being where they were, and gives their squared norms.
+        stay: called in place of ``move`` for a task that has no loss on this rank.
 
     Returns:
         The losses there, and the squared norms of the rows of each task.
@@ -109,7 +111,7 @@ def perturbed_passes(
     after: list[Tensor | None] = [None] * len(roles.tasks)
     norms: dict[int, list[Tensor]] = {}
 
-    link = engine.row_step
+    link = engine.row_step or engine.samo_step
 
     def take(task: int) -> None:
         if isinstance(link, FSDPStep):
@@ -139,8 +141,11 @@ def perturbed_passes(
                 link.moving(task)
             if task in present:
                 move(task)
-            elif link is None and roles.shared is not None:
-                roles.shared.sam[task].zero_()
+            else:
+                if stay is not None:
+                    stay(task)
+                if link is None and roles.shared is not None:
+                    roles.shared.sam[task].zero_()
             if link is not None:
                 link.moved(task)
             if task in present:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flatmtl.losses import TaskLosses
 from flatmtl.passes import Passes
 from flatmtl.roles import Roles
-from flatmtl.steps.away import perturbed_passes, take_perturbed, with_perturbed
+from flatmtl.steps.away import away, perturbed_passes, take_perturbed, with_perturbed
 from flatmtl.strategies import MAML
 
 if TYPE_CHECKING:
@@ -39,13 +39,26 @@ def maml(engine: Engine, strategy: MAML, passes: Passes, scale: Tensor | None) -
     def through(task: int) -> list[Tensor]:
         return _through_the_step(strategy.lr, passes, roles, task, scale)
 
+    link = engine.row_step
+    # over several processes H s needs the whole batch's s, unless each takes steps of its own
+    later = link is not None and not link.local
     after, norms = perturbed_passes(
         engine, passes, roles, captured.here, move, scale,
-        query=True, correct=None if strategy.first_order else through,
+        query=True, correct=None if strategy.first_order or later else through,
     )  # fmt: skip
-    if engine.row_step is not None:
-        captured, norms = engine.row_step.perturbed_rows(captured)
-        if engine.row_step.local:
+    if link is not None:
+        if later and not strategy.first_order:
+
+            def bend() -> None:
+                for task in range(len(roles.tasks)):
+                    if task in captured.here:
+                        through(task)
+                    link.taken(task)
+
+            link.first_rows()
+            away(engine, passes, roles, bend)
+        captured, norms = link.perturbed_rows(captured)
+        if link.local:
             engine.measure(passes, roles, captured, scale)
     found = take_perturbed(
         engine,
