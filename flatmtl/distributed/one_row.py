@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -81,7 +81,12 @@ class OneRowStep:
         return found
 
     def reduce(
-        self, backward: WeightedBackward, rows: Sequence[Tensor | None], *, perturbed: bool = False
+        self,
+        backward: WeightedBackward,
+        rows: Sequence[Tensor | None],
+        *,
+        perturbed: bool = False,
+        without: Collection[int] = (),
     ) -> None:
         """Rows <- their sums over the ranks, the tasks' own ones with them.
 
@@ -90,6 +95,7 @@ class OneRowStep:
                 of them becomes what all ranks know.
             rows: [P] each, of the shared parameters; None where nothing is shared.
             perturbed: the own gradients are in the blocks' ``sam`` rows.
+            without: tasks that all ranks have left out of their backward passes.
 
         Raises:
             RankFailedError: a rank has failed.
@@ -105,7 +111,7 @@ class OneRowStep:
             if task not in backward.own_sq:
                 row.zero_()
         self._add_up([*shared, *own.values()])
-        present = self._present(roles)
+        present = self._present(roles).difference(without)
         if shared:
             backward.shared_sq = ops.row_norms(shared[0].unsqueeze(0))[0].square()
         backward.own_sq = {

@@ -62,7 +62,7 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     assert known is not None
     if link is not None:
         assert isinstance(engine.capture, WeightedBackward)
-        link.reduce(engine.capture, [_update(known)])
+        link.reduce(engine.capture, [_update(known)], without=engine.lost)
     engine.learn_from_all(known)
     assert isinstance(engine.capture, WeightedBackward)
     roles, backward = known, engine.capture
