@@ -275,7 +275,7 @@ def same(one: Any, other: Any) -> bool:
             isinstance(other, Tensor)
             and one.dtype == other.dtype
             and one.shape == other.shape
-            and one.numpy().tobytes() == other.numpy().tobytes()
+            and one.detach().numpy().tobytes() == other.detach().numpy().tobytes()
         )
     if isinstance(one, Mapping):
         return set(one) == set(other) and all(same(one[key], other[key]) for key in one)
