@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -47,7 +48,7 @@ class Ranks:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return Ranks(self.group, self.replicas)
+        return Ranks(self.group, copy.deepcopy(self.replicas, memo))
 
     # ------------------------------------------------------------ collectives
 
