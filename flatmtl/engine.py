@@ -189,8 +189,9 @@ class Engine:
         ranks, device = self.options.ranks, self.roles.params[0].device
         try:
             after = self._losses_after(passes, self.roles)
-        except Exception:
+        except Exception as failure:
             if ranks is not None:
+                ranks.tell(failure)
                 none: list[Tensor | None] = [None] * len(self._counted)
                 average(ranks, none, self._counted, device, failed=True)
             raise
