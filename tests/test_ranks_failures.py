@@ -198,6 +198,42 @@ def complaints(one: dict[str, Any], fault: Fault, rank: int, bad: int, every: in
         yield "goes on otherwise"
 
 
+def behind(rank: int, size: int, bad: int, seed: int) -> list[tuple[str, str]]:
+    """FAMO looks at the losses again after a step: one rank fails there, and then in a clean pass."""
+    run = Run(Case("famo"), seed, size, rank)
+    run.step()
+
+    def wrap(closure: Callable[..., Any]) -> Callable[..., Any]:
+        calls = [0]
+
+        def losses() -> Any:
+            calls[0] += 1
+            if calls[0] == 2 and rank == bad:
+                raise ValueError("boom behind the step")
+            return closure()
+
+        return losses
+
+    texts = [raised(lambda: run.step(wrap))]
+    where = ["clean"] if rank == bad else []
+    for fault in where * 2 or [""] * 2:
+        texts.append(raised(lambda: run.step(lambda c: spoiled(c, fault, [0], False))))
+    run.step()
+    texts.append((str(run.flat().tolist()), ""))
+    return texts
+
+
+def test_a_rank_that_raises_behind_the_step(ranks, rng):
+    bad = int(rng.integers(2))
+    results = ranks(2).run(behind, 2, bad, int(rng.integers(2**31)))
+    assert results[0][-1] == results[1][-1]
+    boom = ["boom behind the step", "boom in the clean pass", "boom in the clean pass"]
+    assert results[bad][:3] == [("ValueError", text) for text in boom]
+    for (kind, text), cause in zip(results[1 - bad], boom):
+        assert kind == "RankFailedError"
+        assert f"rank {bad}: ValueError: {cause}" in text
+
+
 # A loss that is not finite, on one rank.
 
 

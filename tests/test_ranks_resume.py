@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_training import Case, Net, Run, same
+from ranks import counted
+from ranks_training import Case, Run, same
 from torch import Tensor
 
 from flatmtl import SAM
-
 
 CASES = [
     Case("pcgrad", steps=6),
@@ -129,7 +129,11 @@ def copied(rank: int, size: int, seed: int) -> dict[str, Any]:
     twin = copy.copy(run)
     twin.optimizer, twin.model = copy.deepcopy((run.optimizer, run.model))
     twin.net = twin.model.module
-    found = {"end": run.train(), "twin": twin.train()}
+    found: dict[str, Any] = {}
+    with counted() as found["calls"]:
+        found["end"] = run.train()
+    with counted() as found["calls of the twin"]:  # the first step agrees anew
+        found["twin"] = twin.train()
     found["own"] = not {id(p) for p in run.net.parameters()} & {
         id(p) for p in twin.net.parameters()
     }
@@ -158,6 +162,10 @@ def test_a_copy_trains_on_as_the_first(ranks, rng, size):
         assert found["own"]
         assert torch.equal(found["end"], results[0]["end"])
         assert torch.equal(found["twin"], found["end"])
+        names = [name for name, _ in found["calls"]]
+        again = [name for name, _ in found["calls of the twin"]]
+        assert again.count("broadcast") == names.count("broadcast")  # DDP's own rest there too
+        assert again.count("all_reduce") == names.count("all_reduce")
 
 
 def test_pickling(ranks, rng):
@@ -165,4 +173,3 @@ def test_pickling(ranks, rng):
     for ddp in (True, False):
         for text, *_ in ranks(2).run(pickled, 2, int(rng.integers(2**31)), ddp):
             assert "pickle" in text
-    assert Net("heads") is not None
