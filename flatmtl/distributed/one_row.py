@@ -61,6 +61,11 @@ class OneRowStep:
     def _known(self) -> bool:
         return self._ranks.agreed and self._roles is not None and self._roles.complete
 
+    @property
+    def idle(self) -> frozenset[int]:
+        """Tasks that have no sample on this rank: their losses there are means of nothing."""
+        return frozenset(task for task, count in enumerate(self.counts) if count == 0)
+
     def agreed(self, roles: Roles) -> None:
         """The ranks have told each other what their tasks reach, in this micro-batch."""
         self._roles, self._told = roles, True

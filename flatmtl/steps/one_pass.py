@@ -54,7 +54,7 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
             perturbed=False,
             retain_graph=False,
             own=True,
-            without=lost,
+            without=lost if link is None else lost | link.idle,
             surprised=settle,
         )
         engine.lost.update(lost)
