@@ -108,7 +108,7 @@ def cuts(case: Case, size: int) -> list[int]:
     batch = BATCH // case.batches
     if case.data in ("uneven", "ragged"):
         return [n // case.batches for n in LAST_CUTS[size]]
-    if case.data == "idle":
+    if case.data in ("idle", "nothing"):
         return [n // case.batches for n in IDLE_CUTS[size]]
     return [batch // size] * size
 
@@ -209,13 +209,14 @@ class Run:
         rows, k, case = self.parts[number], self.k, self.case
 
         def losses(tasks: Any = None) -> Any:
-            out = self.model(self.x[k, rows]) if rows else None
+            means = bool(rows) or (case.data == "nothing" and self.rank is not None)
+            out = self.model(self.x[k, rows]) if means else None  # means of nothing: NaN
             wanted = range(len(out or self.net.heads)) if tasks is None else map(int, tasks)
             found: dict[str, Tensor | None] = {}
             for t in wanted:
                 there = self.there[k, rows, t]
                 found[str(t)] = None
-                if out is not None and there.any():
+                if out is not None and (there.any() or not rows):
                     found[str(t)] = (out[t] - self.y[k, rows, t])[there].square().mean()
             return found if case.named else list(found.values())
 

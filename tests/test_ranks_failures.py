@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmtl import SAM, MultiTaskOptimizer
-from flatmtl.weighting import DWA, FAMO, MGDA, Mean, PCGrad, UncertaintyWeighting
+from flatmtl.weighting import DWA, MGDA, Mean, PCGrad, UncertaintyWeighting
 
 SHARP = SAM(0.05)
 SECONDS = 10.0  # a failure is known at once; a hang lasts 30
@@ -158,8 +158,8 @@ def faults(case: Case) -> list[Fault]:
 def test_a_rank_that_raises(ranks, rng, size):
     seed, bad = int(rng.integers(2**31)), int(rng.integers(size))
     cases = [(case, fault) for case in WAYS for fault in faults(case)]
-    if size == 4:
-        cases = cases[seed % 5 :: 5]
+    every = 2 if size == 2 else 8  # others in every run
+    cases = cases[seed % every :: every]
     results = ranks(size).run(failing, cases, size, bad, seed, timeout=90)
     wrong = []
     for (case, fault), *found in zip(cases, *results, strict=True):
@@ -465,7 +465,9 @@ def test_what_differs_is_said_on_every_rank(ranks, rng, size):
                 continue
             kind, text, kept, seconds = one
             parts = [*BOTH_SIDES[what], "rank 0", f"rank {bad}"]
-            missing = [p for p in parts if p not in text and not (what == "frozen" and p == "float64")]
+            missing = [
+                p for p in parts if p not in text and not (what == "frozen" and p == "float64")
+            ]
             if kind != "ValueError" or missing:
                 wrong.append(f"{what}: rank {rank} raises {kind}: {text} without {missing}")
             if not kept or seconds > SECONDS:
@@ -575,7 +577,9 @@ def dies(rank: int, who: int, case: Case, seed: int) -> Any:
 
     start = time.monotonic()
     error = raised(lambda: run.step(wrap))
-    torch.save((error, same(before, snapshot(run)[0]), time.monotonic() - start), os.environ["ANSWER"])
+    torch.save(
+        (error, same(before, snapshot(run)[0]), time.monotonic() - start), os.environ["ANSWER"]
+    )
     return None
 
 

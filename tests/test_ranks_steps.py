@@ -114,7 +114,12 @@ GROUPS: dict[str, list[Case]] = {
             (("uneven", "number", False), ("ragged", "mapping", True)),
         )
     ]
-    + [Case("graddrop", data="ragged", samples="mapping")
+    + [Case("graddrop", data="ragged", samples="mapping")]
+    + [
+        Case(name, sharpness=sharpness, data="nothing", samples="number", more=more)
+        for (name, more), sharpness in product(
+            (("pcgrad", {}), ("uw", {}), ("mgda", {"weights_every": 3})), (None, SHARP)
+        )
     ],
 }
 
