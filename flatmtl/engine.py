@@ -201,8 +201,9 @@ class Engine:
         ranks, device = self.options.ranks, self.roles.params[0].device
         try:
             after = self._losses_after(passes, self.roles)
-        except Exception:
+        except Exception as failure:
             if ranks is not None:
+                ranks.tell(failure)
                 none: list[Tensor | None] = [None] * len(self._counted)
                 average(ranks, none, self._counted, device, failed=True)
             raise
@@ -412,9 +413,12 @@ class Engine:
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What must be the same on all ranks."""
         options, params = self.options, self._params()
+        grouped = None if self._groups is None else self._groups()
         told = {
-            "weighting": [self._plain(w) for w in self.solves.weightings.values()],
             "sharpness": repr(options.strategy or options.sharpness),
+            "weighting": [self._plain(w) for w in self.solves.weightings.values()],
+            "shared": None if self._named is None else sorted(map(self.label, self._named)),
+            "weights_per": None if grouped is None else [grouped.get(id(p)) for p in params],
             "row_dtype": str(options.row_dtype),
             "weights_every": options.weights_every,
             "nonfinite": options.nonfinite,

@@ -209,6 +209,8 @@ def task_gradients(
     if batched is None:
         yield from _one_by_one(losses, roles.params, scale, retain_graph)
         return
+    if not tasks:
+        return
     reach = graph.reached([losses.output(task) for task in tasks], roles.params)
     size = batched.chunk or len(tasks)
     for start in range(0, len(tasks), size):

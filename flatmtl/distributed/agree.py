@@ -16,6 +16,7 @@ NOBODY = (
     "losses must hold at least one task that has a loss on some rank, got only None on all of them"
 )
 _ERROR = "error"
+_OTHER = object()  # in place of what is not compared
 
 
 def gather_or_raise(ranks: Ranks, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -70,15 +71,14 @@ def agree_on_reach(
 
 def check_same(found: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError if the ranks' facts differ: the same text on all of them."""
-    first = found[0]
-    for name in first:
-        for rank, facts in enumerate(found):
-            if facts[name] == first[name]:
-                continue
-            raise ValueError(
-                f"{name} must be the same on every rank, got {first[name]} on rank 0 and {facts[name]} on "
-                f"rank {rank}"
-            )
+    for name in dict.fromkeys(name for facts in found for name in facts):
+        first, *others = (facts.get(name, "none") for facts in found)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise ValueError(
+                    f"{name} must be the same on every rank, got {first} on rank 0 and {other} on rank "
+                    f"{rank}"
+                )
 
 
 def facts_of(
@@ -96,19 +96,28 @@ def facts_of(
         options: name -> anything that compares.
     """
     facts: dict[str, Any] = {"the number of parameters": len(params)}
-    for label, param in zip(labels, params, strict=True):
+    for number, (label, param) in enumerate(zip(labels, params, strict=True)):
+        facts[f"the optimizer's parameter number {number}"] = label
         shape = f"{list(param.shape)} {param.dtype}"
         facts[label] = shape if param.requires_grad else f"{shape}, frozen"
     facts.update(options)
     for number, group in enumerate(groups):
-        plain = {
-            k: v for k, v in group.items() if isinstance(v, (int, float, str, bool, type(None)))
-        }
-        facts[f"param_groups[{number}]"] = plain
+        plain = {name: _plain(value) for name, value in group.items() if name != "params"}
+        facts[f"the number of parameters in param_groups[{number}]"] = len(group["params"])
+        facts[f"param_groups[{number}]"] = {k: v for k, v in plain.items() if v is not _OTHER}
     whole = [(label, p) for label, p in zip(labels, params, strict=True) if not is_sharded(p)]
     for (label, _), total in zip(whole, _sums([p for _, p in whole]), strict=True):
         facts[f"the sum over {label}"] = total
     return facts
+
+
+def _plain(value: object) -> object:
+    """An option of an optimizer, as it can be sent and compared."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value if isinstance(value, (int, float, str, type(None))) else _OTHER
 
 
 def _sums(params: Sequence[Tensor]) -> list[str]:

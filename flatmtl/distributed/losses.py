@@ -61,7 +61,7 @@ def average(
     here = [0.0 if one is None else n for one, n in zip(losses, counts, strict=True)]
     entries = [
         torch.zeros((), dtype=torch.float64, device=device)
-        if one is None
+        if one is None or n == 0  # the mean of no samples is NaN
         else one.detach().to(device, torch.float64) * n
         for one, n in zip(losses, here, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,11 @@ class OneRowStep:
     def _known(self) -> bool:
         return self._ranks.agreed and self._roles is not None and self._roles.complete
 
+    @property
+    def idle(self) -> frozenset[int]:
+        """Tasks that have no sample on this rank: their losses there are means of nothing."""
+        return frozenset(task for task, count in enumerate(self.counts) if count == 0)
+
     def agreed(self, roles: Roles) -> None:
         """The ranks have told each other what their tasks reach, in this micro-batch."""
         self._roles, self._told = roles, True
@@ -112,7 +117,12 @@ class OneRowStep:
         return found
 
     def reduce(
-        self, backward: WeightedBackward, rows: Sequence[Tensor | None], *, perturbed: bool = False
+        self,
+        backward: WeightedBackward,
+        rows: Sequence[Tensor | None],
+        *,
+        perturbed: bool = False,
+        without: Collection[int] = (),
     ) -> None:
         """Rows <- their sums over the ranks, the tasks' own ones with them.
 
@@ -121,6 +131,7 @@ class OneRowStep:
                 of them becomes what all ranks know.
             rows: [P] each, of the shared parameters; None where nothing is shared.
             perturbed: the own gradients are in the blocks' ``sam`` rows.
+            without: tasks that all ranks have left out of their backward passes.
 
         Raises:
             RankFailedError: a rank has failed.
@@ -136,7 +147,7 @@ class OneRowStep:
             if task not in backward.own_sq:
                 row.zero_()
         self._add_up([*shared, *own.values()])
-        present = self._present(roles)
+        present = self._present(roles).difference(without)
         if shared:
             backward.shared_sq = ops.row_norms(shared[0].unsqueeze(0))[0].square()
         backward.own_sq = {

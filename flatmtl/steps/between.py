@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +29,14 @@ def weighted(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
         if not isinstance(engine.capture, WeightedBackward):
             engine.capture = WeightedBackward(roles, engine.weights["loss"], scale)
         follow(roles, losses, [(engine.capture, _update)], link)
+        idle: Collection[int] = ()
         if link is not None:
             engine.capture.shares = link.average(roles, losses).shares
+            idle = link.idle
         engine.roles = roles
-        engine.capture.add(losses, _update(roles), perturbed=False, retain_graph=False, own=True)
+        engine.capture.add(
+            losses, _update(roles), perturbed=False, retain_graph=False, own=True, without=idle
+        )
     if isinstance(engine.options.jacobian, Representation):
         engine.options.jacobian.forget()
     backward, known = engine.capture, engine.roles
@@ -66,13 +71,29 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
     b = engine.weights["flat"] if decomposed else a
     first, minus = WeightedBackward(roles, a, scale), WeightedBackward(roles, b, scale)
     link = engine.one_row_step
+    idle: Collection[int] = ()  # tasks without a sample on this rank
     for _, losses in engine.clean_passes(passes):
         follow(roles, losses, [(first, _first), (minus, _update)], link)
         if link is not None:
             first.shares = minus.shares = link.average(roles, losses).shares
-        first.add(losses, _first(roles), perturbed=False, retain_graph=decomposed, own=True)
+            idle = link.idle
+        first.add(
+            losses,
+            _first(roles),
+            perturbed=False,
+            retain_graph=decomposed,
+            own=True,
+            without=idle,
+        )
         if decomposed and roles.shared is not None:
-            minus.add(losses, _update(roles), perturbed=False, retain_graph=False, own=False)
+            minus.add(
+                losses,
+                _update(roles),
+                perturbed=False,
+                retain_graph=False,
+                own=False,
+                without=idle,
+            )
     engine.capture = first
     shared = roles.shared
     if link is not None:
@@ -91,7 +112,7 @@ def weighted_sharp(engine: Engine, passes: Passes, radii: Radii, scale: Tensor |
             if link is not None:
                 last.shares = link.shares[number]
             target = None if shared is None else shared.sam[0]
-            last.add(losses, target, perturbed=True, retain_graph=False, own=True)
+            last.add(losses, target, perturbed=True, retain_graph=False, own=True, without=idle)
             after = added_entries(after, losses.detached)
             losses.outputs.clear()
 

@@ -56,7 +56,7 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
             perturbed=False,
             retain_graph=False,
             own=True,
-            without=lost,
+            without=lost if link is None else lost | link.idle,
             surprised=settle,
         )
         engine.lost.update(lost)
@@ -64,7 +64,7 @@ def one_pass(engine: Engine, passes: Passes, scale: Tensor | None) -> None:
     assert known is not None
     if link is not None:
         assert isinstance(engine.capture, WeightedBackward)
-        link.reduce(engine.capture, [_update(known)])
+        link.reduce(engine.capture, [_update(known)], without=engine.lost)
     engine.learn_from_all(known)
     assert isinstance(engine.capture, WeightedBackward)
     roles, backward = known, engine.capture
