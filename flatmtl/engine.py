@@ -284,7 +284,11 @@ class Engine:
                 "train, as a list of closures; call step() or zero_grad() first"
             )
         self._refresh_roles()
-        self._agree(ranks, groups)
+        self._agree(ranks, groups, samples)
+        if samples is not None and self.options.row_dtype == torch.float16:
+            raise ValueError(
+                "samples must be None with row_dtype=torch.float16, in which sums over samples overflow"
+            )
         ranks.send_buffers()
         link = self._link_of(ranks, groups, samples, batches_of(given))
         if isinstance(link, RowStep):
@@ -315,7 +319,7 @@ class Engine:
                 self._counted = link.capture.all_counts()
             self.row_step = self.one_row_step = self.samo_step = self.turn_step = None
 
-    def _agree(self, ranks: Ranks, groups: Sequence[dict[str, Any]]) -> None:
+    def _agree(self, ranks: Ranks, groups: Sequence[dict[str, Any]], samples: Samples) -> None:
         """Has the ranks compare what they train, before the first step.
 
         Raises:
@@ -323,7 +327,8 @@ class Engine:
         """
         if not ranks.agreed:
             on = hardware(self._params()[0].device)
-            found = gather_or_raise(ranks, {**self._facts(groups), _HARDWARE: on})
+            told = {**self._facts(groups), "whether samples= is given": samples is not None}
+            found = gather_or_raise(ranks, {**told, _HARDWARE: on})
             kinds = [facts.pop(_HARDWARE) for facts in found]
             check_same(found)
             if len(set(kinds)) > 1:

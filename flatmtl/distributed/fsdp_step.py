@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -314,8 +314,18 @@ class FSDPOneRowStep(OneRowStep):
         found = super().average(roles, losses)
         return Averaged(found.values, found.shares * self._ranks.size, found.counts)
 
+    @property
+    def idle(self) -> frozenset[int]:
+        """None: a task that is left out of a pass would be missing in FSDP2's collectives."""
+        return frozenset()
+
     def reduce(
-        self, backward: WeightedBackward, rows: Sequence[Tensor | None], *, perturbed: bool = False
+        self,
+        backward: WeightedBackward,
+        rows: Sequence[Tensor | None],
+        *,
+        perturbed: bool = False,
+        without: Collection[int] = (),
     ) -> None:
         """As for whole rows, of this rank's columns."""
         roles = backward.roles
@@ -330,7 +340,7 @@ class FSDPOneRowStep(OneRowStep):
         squares = torch.stack([square(self._ranks, block, row) for block, row in pairs])
         self._ranks.total(squares)
         self._over = True
-        present = self._present(roles)
+        present = self._present(roles).difference(without)
         found = list(squares.unbind())
         if shared is not None:
             backward.shared_sq = found.pop(0)

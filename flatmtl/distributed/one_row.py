@@ -56,7 +56,8 @@ class OneRowStep:
     ) -> None:
         self._ranks, self._roles, self._samples = ranks, roles, samples
         self._extra = extra
-        self._left, self._rows = batches, list(rows)
+        self._batches = self._left = batches
+        self._rows = list(rows)
         self._counts: list[Tensor] = []
         self.measuring = measuring
         self._told = False  # the ranks know each other's tasks of this micro-batch
@@ -98,6 +99,7 @@ class OneRowStep:
 
         Raises:
             RankFailedError: a rank has failed.
+            ValueError: the ranks have different numbers of micro-batches.
         """
         return self.average_and_add(roles, losses, [])
 
@@ -109,12 +111,27 @@ class OneRowStep:
         self.counts = [counts.get(task, 1.0) for task in range(len(roles.tasks))]
         self._left -= 1
         device = roles.params[0].device
-        found = average(self._ranks, losses.detached, self.counts, device, extra=extra)
+        batches = [
+            torch.full((1,), n, dtype=torch.float64, device=device)
+            for n in (self._batches, self._batches**2)
+        ]
+        found = average(self._ranks, losses.detached, self.counts, device, extra=[*extra, *batches])
+        self._check_batches(found)
         self.averaged = added_entries(self.averaged, found.entries())
         self._told = False
         self._counts.append(found.counts)
         self.shares.append(found.shares)
         return found
+
+    def _check_batches(self, found: Averaged) -> None:
+        """Takes the numbers of micro-batches out of the sums: each of these has a message of its own."""
+        assert found.extra is not None
+        both, found.extra = found.extra[-2:], found.extra[:-2]
+        if both.device.type == "cpu" and self._ranks.size * both[1] != both[0].square():
+            raise ValueError(
+                "losses must be of as many micro-batches on every rank where a step is one backward pass for "
+                f"all tasks, got {self._batches} on rank {self._ranks.rank}"
+            )
 
     def reduce(
         self,
@@ -205,7 +222,7 @@ class OneRowStep:
         device, tasks = roles.params[0].device, len(roles.tasks)
         reading = device.type == "cpu"
         for _ in range(self._left):
-            zeros = [torch.zeros(self._extra(tasks), dtype=torch.float64, device=device)]
+            zeros = [torch.zeros(self._extra(tasks) + 2, dtype=torch.float64, device=device)]
             average(self._ranks, [None] * tasks, [0.0] * tasks, device, extra=zeros, failed=True)
             if reading:
                 return
