@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import flatmtl
 
+cross_entropy = nn.functional.binary_cross_entropy_with_logits
+
 
 class Assays(nn.Module):
     """A trunk and a logistic regression a task on it."""
@@ -37,9 +39,9 @@ class Assays(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1) for name in names})
 
     def forward(self, x, tasks):
-        """task -> logits [N]. DDP and FSDP2 act on calls of the module: losses are not taken in here."""
+        """task -> logits [N, 1]; a call of the model itself, where DDP and FSDP2 act."""
         hidden = self.trunk(x)
-        return {name: self.heads[name](hidden).squeeze(1) for name in tasks}
+        return {name: self.heads[name](hidden) for name in tasks}
 
 
 def start():
@@ -79,17 +81,14 @@ def load(path, seed=0):
 
 def losses_of(model, names, x, y):
     """A closure that gives the mean loss of each task's labels here (None: there are none)."""
-    known = {name: ~y[:, k].isnan() for k, name in enumerate(names)}
+    labelled = {name: (~y[:, k].isnan()).nonzero().squeeze(1) for k, name in enumerate(names)}
 
     def losses(tasks=tuple(names)):
         outputs, found = model(x, tasks), {}
         for name in tasks:
-            labels = y[:, names.index(name)][known[name]]
-            found[name] = (
-                nn.functional.binary_cross_entropy_with_logits(outputs[name][known[name]], labels)
-                if len(labels)
-                else None
-            )
+            rows, k = labelled[name], names.index(name)
+            scores, labels = outputs[name][rows, 0], y[rows, k]
+            found[name] = cross_entropy(scores, labels) if len(rows) else None
         return found
 
     return losses
@@ -106,7 +105,7 @@ def score(model, names, dataset, device):
     """Mean area under the ROC curve over the tasks. FSDP2 needs every process here."""
     x, y = (table.to(device) for table in dataset.tensors)
     outputs = model(x, names)
-    return float(np.mean([auc(outputs[name], y[:, k]) for k, name in enumerate(names)]))
+    return float(np.mean([auc(outputs[name][:, 0], y[:, k]) for k, name in enumerate(names)]))
 
 
 def differences(model):
