@@ -154,7 +154,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="tox21.csv")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--shard-rows", action="store_true", help="a part of each row on every process")
+    how.add_argument(
+        "--shard-rows", action="store_true", help="a part of each row on every process"
+    )
     how.add_argument("--fsdp", action="store_true", help="a part of each parameter, too")
     parser.add_argument("--sam", action="store_true", help="sharpness-aware: FS-MTL")
     parser.add_argument("--epochs", type=int, default=3)
