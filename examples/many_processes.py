@@ -1,4 +1,4 @@
-"""Tox21 in several processes, on CPUs or GPUs: every one has a part of each batch and a copy or a part of the network.
+"""Tox21 in several processes, on CPUs or GPUs, each with a part of every batch.
 
     torchrun --nproc-per-node 2 examples/many_processes.py --data tox21.csv [--shard-rows | --fsdp] [--sam]
 
