@@ -232,7 +232,7 @@ def left(calls: Calls, T: int, n: int, machine: Machine, backward: float) -> flo
         machine: the machines.
         backward: seconds of a backward pass of the trunk.
     """
-    # Families of rows of which one is on its way during the next one's pass. Perturbed rows in parts are none:
+    # Families of rows of which one is on its way during the next pass. Perturbed rows in parts are none:
     # they go between the gathers of two rows that are waited for.
     end = T if calls[0][0] == "reduce_scatter_tensor" else len(calls)
     waited = total(calls[end:], n, machine)
