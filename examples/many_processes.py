@@ -159,7 +159,7 @@ def main(arguments=None):
     )
     how.add_argument("--fsdp", action="store_true", help="a part of each parameter, too")
     parser.add_argument("--sam", action="store_true", help="sharpness-aware: FS-MTL")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=256, help="of all processes together")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
