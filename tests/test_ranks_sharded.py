@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from shard_runs import Case, compared
+from shard_runs import Case, chosen, compared
 
 from flatmtl import SAM
 
@@ -62,7 +62,5 @@ GROUPS: dict[str, list[Case]] = {
 @pytest.mark.parametrize("group", GROUPS)
 def test_ranks_make_the_steps_of_one_process(ranks, rng, group, size):
     seed = int(rng.integers(2**31))
-    # processes beyond the cores are slow: every third case, others in every run
-    cases = GROUPS[group] if size == 2 else GROUPS[group][seed % 3 :: 3]
-    wrong = compared(ranks(size), cases, size, seed, 1e-9)
+    wrong = compared(ranks(size), chosen(GROUPS[group], size, seed), size, seed, 1e-9)
     assert not wrong, "\n".join(wrong)
