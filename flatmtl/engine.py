@@ -331,7 +331,14 @@ class Engine:
     def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What must be the same on all ranks."""
         options, params = self.options, self._params()
+        named = None if self._named is None else {id(p) for p in self._named}
+        per = None if self._groups is None else self._groups()
         told = {
+            "shard_rows": options.shard_rows,
+            "shared": None
+            if named is None
+            else [k for k, p in enumerate(params) if id(p) in named],
+            "weights_per": None if per is None else [per.get(id(p)) for p in params],
             "weighting": [self._plain(w) for w in self.solves.weightings.values()],
             "sharpness": repr(options.strategy or options.sharpness),
             "row_dtype": str(options.row_dtype),
