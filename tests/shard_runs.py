@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import flatmtl
-from flatmtl import SAM, MultiTaskOptimizer
+from flatmtl import MultiTaskOptimizer
 
 WIDTH = 18  # of an input
 TASKS = 3
@@ -150,7 +150,10 @@ class Run:
         optimizer: the MultiTaskOptimizer.
     """
 
-    def __init__(self, case: Case, seed: int, of: int, rank: int | None = None) -> None:
+    def __init__(
+        self, case: Case, seed: int, of: int, rank: int | None = None, seconds: float = 0.0
+    ) -> None:
+        """``seconds``: after which a collective of sharded parameters gives up; 0: as all others."""
         self.case, self.seed, self.of, self.rank = case, seed, of, rank
         self.net = Net(case.net, case.tasks, seed).to(case.dtype)
         self.model: nn.Module = self.net
@@ -160,7 +163,7 @@ class Run:
                 self.model = DistributedDataParallel(self.net)
                 more["shard_rows"] = case.wrap == "shard_rows"
             else:
-                sharded(self.net, case)
+                sharded(self.net, case, seconds)
         else:
             more["process_group"] = None
         make = getattr(flatmtl.weighting, case.method)
@@ -287,18 +290,22 @@ def base_optimizer(case: Case, net: Net) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=0.02, momentum=0.9)
 
 
+def mesh_with(seconds: float) -> Any:
+    """All ranks, in a group of their own: one that has failed is of no more use."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=seconds)), "cpu")
+
+
 @lru_cache
-def mesh_of(copies: int, seconds: float) -> Any:
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+def mesh_of(copies: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
 
     size = dist.get_world_size()
     if copies > 1:
         return init_device_mesh(
             "cpu", (copies, size // copies), mesh_dim_names=("copies", "shards")
         )
-    if seconds:
-        group = dist.new_group(timeout=timedelta(seconds=seconds))
-        return DeviceMesh.from_group(group, "cpu")
     return init_device_mesh("cpu", (size,))
 
 
@@ -321,8 +328,10 @@ def sharded(net: Net, case: Case, seconds: float = 0.0) -> None:
 
     if case.wrap == "one":
         mesh = mesh_of_one()
+    elif seconds:
+        mesh = mesh_with(seconds)
     else:
-        mesh = mesh_of(2 if case.wrap.startswith("copies") else 1, seconds)
+        mesh = mesh_of(2 if case.wrap.startswith("copies") else 1)
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": case.reshard}
     if case.half:
         options["mp_policy"] = MixedPrecisionPolicy(
@@ -359,9 +368,7 @@ def chosen(cases: Sequence[Case], size: int, seed: int) -> list[Case]:
     return random.Random(seed).sample(cases, min(len(cases), MOST // size))
 
 
-def compared(
-    pool: Any, cases: Sequence[Case], size: int, seed: int, tolerance: float
-) -> list[str]:
+def compared(pool: Any, cases: Sequence[Case], size: int, seed: int, tolerance: float) -> list[str]:
     """What is wrong with the ranks' trainings, by those of one process."""
     wrong = []
     for case, *found in zip(cases, *pool.run(trained, cases, size, seed, timeout=150), strict=True):
@@ -378,3 +385,68 @@ def compared(
         if not error <= tolerance:
             wrong.append(f"{case}: off by {error:.2g}")
     return wrong
+
+
+# ---------------------------------------------------------------- failures
+
+
+def failing(
+    rank: int,
+    cases: Sequence[tuple[Case, int | str, int]],
+    who: int,
+    size: int,
+    seed: int,
+    seconds: float = 0.0,
+) -> list[tuple[str, str, bool, Tensor]]:
+    """A rank fails after so many steps, in the closure's k-th call (0: the clean one).
+
+    Returns:
+        Of each case the error's type and text, whether the parameters are as before it, and how they are
+        after two more steps.
+    """
+    found = []
+    for case, where, steps in cases:
+        run = Run(case, seed, size, rank, seconds)
+        run.train(steps)
+        before = run.values()
+        closure, samples = run.closure(steps)
+        calls = 0
+
+        def bad() -> list[Tensor | None]:
+            nonlocal calls
+            calls += 1
+            if rank == who and calls - 1 == where:
+                raise KeyError("broken on purpose")
+            losses = closure()
+            if rank == who and where == "nan":
+                losses[0] = None if losses[0] is None else losses[0] * torch.nan
+            return losses
+
+        kind = text = ""
+        try:
+            run.optimizer.step(bad, samples=samples)
+        except Exception as error:
+            kind, text = type(error).__name__, str(error)
+        same = torch.equal(run.values(), before)
+        found.append((kind, text, same, run.train(2)))
+    return found
+
+
+def check_failures(
+    cases: Sequence[tuple[Case, int | str, int]],
+    results: Sequence[Sequence[tuple[str, str, bool, Tensor]]],
+    who: int,
+    size: int,
+    seed: int,
+) -> None:
+    """All ranks have raised what the one did, nothing has changed, and the next steps are right."""
+    for (case, where, steps), *found in zip(cases, *results, strict=True):
+        with torch.random.fork_rng():
+            alone = Run(case, seed, size).train(steps + 2)
+        for rank, (kind, text, same, values) in enumerate(found):
+            here = f"{case}, call {where} after {steps} steps, rank {rank}: {kind} {text}"
+            assert kind == ("KeyError" if rank == who else "RankFailedError"), here
+            assert "broken on purpose" in text, here
+            assert same, here
+            assert float((values - alone).norm() / alone.norm()) < 1e-9, here
+            assert torch.equal(values, found[0][-1]), here

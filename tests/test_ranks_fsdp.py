@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-import torch
 from shard_runs import Case, chosen, compared
 
 from flatmtl import SAM
