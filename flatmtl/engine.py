@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
-from flatmtl.distributed.agree import check_same, facts_of, gather_or_raise
+from flatmtl.distributed.agree import agree, facts_of
 from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.fsdp_step import FSDPOneRowStep, FSDPStep
 from flatmtl.distributed.losses import average
@@ -275,7 +275,7 @@ class Engine:
             )
         self._refresh_roles()
         if not ranks.agreed:
-            check_same(gather_or_raise(ranks, self._facts(groups)))
+            agree(ranks, self._facts(groups))
             ranks.agreed = True
         ranks.send_buffers()
         self._everyones = []

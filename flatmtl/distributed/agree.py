@@ -34,6 +34,18 @@ def gather_or_raise(ranks: Ranks, facts: dict[str, Any]) -> list[dict[str, Any]]
     return found
 
 
+def agree(ranks: Ranks, facts: dict[str, Any]) -> None:
+    """Before the first step: the ranks compare ``facts``, and where they are going to leave errors.
+
+    Raises:
+        ValueError: the facts differ.
+        RankFailedError: a rank has failed.
+    """
+    found = gather_or_raise(ranks, {"place": ranks.free_place(), **facts})
+    ranks.begin_at(max(one.pop("place") for one in found))
+    check_same(found)
+
+
 def gather_failure(ranks: Ranks, failure: Exception) -> None:
     """Takes part in the others' ``gather_or_raise``: this rank has failed."""
     ranks.gather({_ERROR: f"rank {ranks.rank}: {type(failure).__name__}: {failure}"})
