@@ -128,6 +128,10 @@ def has(labels: str, step: int, rank: int, size: int, task: int) -> bool:
     """Whether a rank has a task at a step."""
     if labels == "not_on_last":
         return not (task == TASKS - 1 and rank == size - 1)
+    if labels == "late_on_last":
+        return step < 2 or not (task == TASKS - 1 and rank == size - 1)
+    if labels == "alone_on_last":
+        return step < 2 or rank < size - 1 or task == 0
     if labels == "on_first_alone":
         return task != 1 or rank == 0
     if labels == "not_at_first":
