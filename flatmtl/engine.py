@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
-from flatmtl.distributed.agree import check_same, facts_of, gather_or_raise
+from flatmtl.distributed.agree import agree, facts_of
 from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.fsdp_step import FSDPOneRowStep, FSDPStep
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
-from flatmtl.distributed.ranks import RankFailedError, Ranks, hardware, raise_failed
+from flatmtl.distributed.ranks import RankFailedError, Ranks, raise_failed
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.samo_step import SamoStep
 from flatmtl.distributed.sharded_step import Second, ShardedStep
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from flatmtl.affinity.meter import Meter
 
 
-_HARDWARE = "hardware"
 _SEVERAL = 10  # steps after which all tasks and parameters should have been seen
 
 
@@ -326,18 +325,14 @@ class Engine:
             ValueError: it differs.
         """
         if not ranks.agreed:
-            on = hardware(self._params()[0].device)
             told = {**self._facts(groups), "whether samples= is given": samples is not None}
-            found = gather_or_raise(ranks, {**told, _HARDWARE: on})
-            kinds = [facts.pop(_HARDWARE) for facts in found]
-            check_same(found)
-            if len(set(kinds)) > 1:
+            kinds = agree(ranks, told, self._params()[0].device)
+            if len(kinds) > 1:
                 warnings.warn(
-                    f"ranks run on different hardware, {sorted(set(kinds))}: their weights may differ in the "
-                    "last bits, and parameters drift apart with them",
+                    f"ranks run on different hardware, {kinds}: their weights may differ in the last bits, and "
+                    "parameters drift apart with them",
                     stacklevel=outside(),
                 )
-            ranks.agreed = True
         roles = self.roles
         if roles is not None and not roles.complete and self.steps == _SEVERAL and not ranks.rank:
             names = [f"task {name!r}" for name in roles.unseen()]
@@ -420,6 +415,7 @@ class Engine:
         options, params = self.options, self._params()
         grouped = None if self._groups is None else self._groups()
         told = {
+            "shard_rows": options.shard_rows,
             "sharpness": repr(options.strategy or options.sharpness),
             "weighting": [self._plain(w) for w in self.solves.weightings.values()],
             "shared": None if self._named is None else sorted(map(self.label, self._named)),

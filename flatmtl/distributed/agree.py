@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmtl.distributed.ranks import RankFailedError, Ranks
+from flatmtl.distributed.ranks import RankFailedError, Ranks, hardware
 from flatmtl.distributed.shards import is_sharded
 from flatmtl.losses import TaskName
 
@@ -33,6 +33,25 @@ def gather_or_raise(ranks: Ranks, facts: dict[str, Any]) -> list[dict[str, Any]]
             f"{ranks.rank})"
         )
     return found
+
+
+def agree(ranks: Ranks, facts: dict[str, Any], device: torch.device) -> list[str]:
+    """Before the first step: the ranks compare ``facts``, and where they are going to leave errors.
+
+    Returns:
+        The kinds of hardware that their arithmetic runs on.
+
+    Raises:
+        ValueError: the facts differ.
+        RankFailedError: a rank has failed.
+    """
+    own = {"place": ranks.free_place(), "hardware": hardware(device)}
+    found = gather_or_raise(ranks, {**facts, **own})
+    ranks.begin_at(max(one.pop("place") for one in found))
+    kinds = {one.pop("hardware") for one in found}
+    check_same(found)
+    ranks.agreed = True
+    return sorted(kinds)
 
 
 def gather_failure(ranks: Ranks, failure: Exception) -> None:

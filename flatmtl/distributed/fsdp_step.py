@@ -33,6 +33,10 @@ NOT_HERE = (
     "losses[{task!r}] must not be None on any rank where the task's own parameters are sharded: return a "
     "loss over nothing (head(z).sum() * 0) with samples=0 for it, or leave the heads out of fully_shard"
 )
+NOT_LIKE = (
+    "losses[{task!r}] must not be None on a rank that has no other task through the same sharded "
+    "parameters, as each rank takes part in every pass: return a loss over nothing with samples=0 for it"
+)
 
 
 class FSDPCapture(RankedCapture):
@@ -55,6 +59,11 @@ class FSDPCapture(RankedCapture):
         present = losses.present
         if not present:
             raise ValueError(NO_TASK.format(rank=self._ranks.rank))
+        others = {
+            task: like(roles, task, present) if self._known else present[0]
+            for task in range(len(roles.tasks))
+            if task not in present
+        }
         for task in range(len(roles.tasks)):
             keep = retain_graph or task < len(roles.tasks) - 1
             if task in present:
@@ -63,7 +72,7 @@ class FSDPCapture(RankedCapture):
                 self._check_reaches(losses, task, found)
                 self._packed.add(task)
             else:
-                found = stand_in(losses, present[0], roles.params, scale, keep)
+                found = stand_in(losses, others[task], roles.params, scale, keep)
             if self._known:
                 roles.note(task, found)
                 self._pack_row(task, found)
@@ -99,6 +108,23 @@ class FSDPCapture(RankedCapture):
         for task, grads in self._held.items():
             self._pack_row(task, grads)
         self._held = {}
+
+
+def like(roles: Roles, task: int, present: Collection[int]) -> int:
+    """One of these tasks that reaches the same sharded parameters: the same collectives go with it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if task in roles.own and any(map(is_sharded, roles.own[task].params)):
+        raise ValueError(NOT_HERE.format(task=roles.tasks[task]))
+    reaches = [
+        reached for p, reached in zip(roles.params, roles.reach(), strict=True) if is_sharded(p)
+    ]
+    for other in sorted(present):
+        if all((task in reached) == (other in reached) for reached in reaches):
+            return other
+    raise ValueError(NOT_LIKE.format(task=roles.tasks[task]))
 
 
 def stand_in(
@@ -280,7 +306,7 @@ class FSDPStep(RowStep):
         capture = self.capture
         assert capture is not None
         roles, here = capture.roles, task in capture.here
-        asked = task if here else min(capture.here)
+        asked = task if here else like(roles, task, capture.here)
         after = None
         for losses, position in passes.again(roles.tasks, asked, query=query):
             if here:
@@ -312,12 +338,28 @@ class FSDPOneRowStep(OneRowStep):
             if task not in losses.present and any(map(is_sharded, block.params)):
                 raise ValueError(NOT_HERE.format(task=roles.tasks[task]))
         found = super().average(roles, losses)
+        self._check_reach(roles, losses, found.counts)
         return Averaged(found.values, found.shares * self._ranks.size, found.counts)
 
     @property
     def idle(self) -> frozenset[int]:
         """None: a task that is left out of a pass would be missing in FSDP2's collectives."""
         return frozenset()
+
+    @staticmethod
+    def _check_reach(roles: Roles, losses: TaskLosses, counts: Tensor) -> None:
+        """Raises ValueError if other ranks' tasks reach sharded parameters that none of this rank's does."""
+        made = counts > 0
+        for task in range(len(roles.tasks)):
+            if task in losses.present or (made.device.type == "cpu" and not made[task]):
+                continue
+            for param, reached in zip(roles.params, roles.reach(), strict=True):
+                if (
+                    is_sharded(param)
+                    and task in reached
+                    and not set(reached).intersection(losses.present)
+                ):
+                    raise ValueError(NOT_LIKE.format(task=roles.tasks[task]))
 
     def reduce(
         self,

@@ -197,8 +197,20 @@ class Ranks:
             left = False
         return self.told() if left else None
 
-    def _key(self) -> str:
-        return f"flatmtl/{self.group.group_name}/failed/{self._failures}"
+    def free_place(self) -> int:
+        """The first place in the store where no earlier optimizer has left an error, from this one's on."""
+        place, store = self._failures, self._store()
+        while store.check([self._key(place)]):
+            place += 1
+        return place
+
+    def begin_at(self, place: int) -> None:
+        """Errors go to this place from now on, the same on all ranks."""
+        self._failures = place
+
+    def _key(self, place: int | None = None) -> str:
+        number = self._failures if place is None else place
+        return f"flatmtl/{self.group.group_name}/failed/{number}"
 
     def _store(self) -> Any:  # noqa: ANN401
         return dist.distributed_c10d._get_default_store()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +18,24 @@ class Part:
     """This rank's columns of a block.
 
     Attributes:
-        jac: [rows, p], gradients at the parameters, averaged over the ranks.
-        sam: [rows, p], the same at the perturbed parameters.
+        rows: gives those of the rows of "jac" or "sam", whose buffer is made when it is asked for.
         update: [p], a view of the block's update.
         size: p.
     """
 
-    jac: Tensor
-    sam: Tensor
+    rows: Callable[[str], Tensor]
     update: Tensor
     size: int
+
+    @property
+    def jac(self) -> Tensor:
+        """[rows, p], gradients at the parameters, averaged over the ranks."""
+        return self.rows("jac")
+
+    @property
+    def sam(self) -> Tensor:
+        """[rows, p], the same at the perturbed parameters."""
+        return self.rows("sam")
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,7 @@ class ShardedRows:
             return None
         p, start = self._columns, self._columns * self._rank
         return Part(
-            self._family("jac")[:, :p],
-            self._family("sam")[:, :p],
-            self._shared.update[start : start + p],
-            p,
+            lambda name: self._family(name)[:, :p], self._shared.update[start : start + p], p
         )
 
     def own(self, task: int) -> Part:
@@ -115,8 +120,7 @@ class ShardedRows:
         columns = slice(self._behind, self._behind + o)
         start = o * self._rank
         return Part(
-            self._family("jac")[rows, columns],
-            self._family("sam")[rows, columns],
+            lambda name: self._family(name)[rows, columns],
             self._own[task].update[start : start + o],
             o,
         )
