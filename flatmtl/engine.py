@@ -16,21 +16,19 @@ from torch import Tensor, nn
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
-from flatmtl.distributed.agree import agree, facts_of
 from flatmtl.distributed.counts import Samples
-from flatmtl.distributed.fsdp_step import FSDPOneRowStep, FSDPStep
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks, raise_failed
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.samo_step import SamoStep
-from flatmtl.distributed.sharded_step import Second, ShardedStep
 from flatmtl.distributed.shards import as_grad, local_of
 from flatmtl.distributed.turn_step import TurnStep
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, Capture, Captured, Jacobian
+from flatmtl.links import agree_before_step, link_of
 from flatmtl.losses import TaskLosses, added_entries, loss_vector
 from flatmtl.ops._status import INVALID_LOSS
 from flatmtl.passes import Passes, batches_of
@@ -47,21 +45,17 @@ from flatmtl.steps.coop import coop
 from flatmtl.steps.maml import maml
 from flatmtl.steps.one_pass import one_pass
 from flatmtl.steps.plain import plain
-from flatmtl.steps.represented import message, represented
+from flatmtl.steps.represented import represented
 from flatmtl.steps.samo import samo
 from flatmtl.steps.sharp import sharp
 from flatmtl.strategies import MAML, CoopFlat, Strategy
 from flatmtl.stream import Stream
 from flatmtl.watch import Watch, outside, raise_invalid_loss, raise_nonfinite
 from flatmtl.weighted import WeightedBackward
-from flatmtl.weighting import Weighting
 from flatmtl.weighting._rows import RowMethod
 
 if TYPE_CHECKING:
     from flatmtl.affinity.meter import Meter
-
-
-_SEVERAL = 10  # steps after which all tasks and parameters should have been seen
 
 
 @dataclass(frozen=True)
@@ -105,6 +99,10 @@ class Engine:
         one_row_step: the same for a step with one row.
         samo_step: the same for one with SAMO.
         turn_step: the same for one with CoopFlat.
+        losses: this process's clean losses of the step, None for a task that is missing.
+        named: the shared parameters that the caller named.
+        groups: gives id(parameter) -> its group, where groups have weights of their own; else None.
+        params: gives all parameters of the optimizer.
         lost: tasks of this step whose loss was not finite, left out of the one backward pass.
     """
 
@@ -135,7 +133,7 @@ class Engine:
         self.label = label
         self.watched = False
         self.meters: list[Meter] = []
-        self._params, self._named = params, named
+        self.params, self.named = params, named
         exempt_from_scaling(options.sharpness, options.model)  # raises without a model
         self._before = BufferKeeper(options.model)  # as they were before the step
         self._watch = Watch()
@@ -152,10 +150,10 @@ class Engine:
         self._record_args: dict[str, Any] | None = None  # for the history, once stepped
         # parameters, the .grad they were given, and its version
         self._written: list[tuple[Tensor, Tensor, int]] = []
-        self._losses: list[Tensor | None] = []  # the clean ones of this step
+        self.losses: list[Tensor | None] = []  # the clean ones of this step
         self.lost: set[int] = set()
         self._counted: list[float] = []  # what this one's count for
-        self._groups = groups  # id(parameter) -> its group, where groups have weights of their own
+        self.groups = groups  # id(parameter) -> its group, where groups have weights of their own
         self._columns: tuple[Block, Columns] | None = None
         self._to_look_back: Passes | None = None  # whose losses after the step are wanted
         self._loaded: dict[str, Any] | None = None  # a state that waits for the parameters' roles
@@ -283,13 +281,13 @@ class Engine:
                 "train, as a list of closures; call step() or zero_grad() first"
             )
         self._refresh_roles()
-        self._agree(ranks, groups, samples)
+        agree_before_step(self, ranks, groups, samples)
         if samples is not None and self.options.row_dtype == torch.float16:
             raise ValueError(
                 "samples must be None with row_dtype=torch.float16, in which sums over samples overflow"
             )
         ranks.send_buffers()
-        link = self._link_of(ranks, groups, samples, batches_of(given))
+        link = link_of(self, ranks, groups, samples, batches_of(given))
         if isinstance(link, RowStep):
             self.row_step = link
         elif isinstance(link, SamoStep):
@@ -318,130 +316,8 @@ class Engine:
                 self._counted = link.capture.all_counts()
             self.row_step = self.one_row_step = self.samo_step = self.turn_step = None
 
-    def _agree(self, ranks: Ranks, groups: Sequence[dict[str, Any]], samples: Samples) -> None:
-        """Has the ranks compare what they train, before the first step.
-
-        Raises:
-            ValueError: it differs.
-        """
-        if not ranks.agreed:
-            told = {**self._facts(groups), "whether samples= is given": samples is not None}
-            kinds = agree(ranks, told, self._params()[0].device)
-            if len(kinds) > 1:
-                warnings.warn(
-                    f"ranks run on different hardware, {kinds}: their weights may differ in the last bits, and "
-                    "parameters drift apart with them",
-                    stacklevel=outside(),
-                )
-        roles = self.roles
-        if roles is not None and not roles.complete and self.steps == _SEVERAL and not ranks.rank:
-            names = [f"task {name!r}" for name in roles.unseen()]
-            reach = zip(roles.params, roles.reach(), strict=True)
-            names += [self.label(param) for param, tasks in reach if not tasks]
-            what = ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
-            warnings.warn(
-                f"no rank has seen {what} yet: as long as that is so the ranks tell each other at every step "
-                "what they found, which takes longer; freeze parameters that nothing reaches "
-                "(requires_grad_(False))",
-                stacklevel=outside(),
-            )
-
-    def _link_of(
-        self,
-        ranks: Ranks,
-        groups: Sequence[dict[str, Any]],
-        samples: Samples,
-        batches: int,
-    ) -> RowStep | OneRowStep | SamoStep:
-        """What the ranks are going to send each other at the next step."""
-        options = self.options
-        apart, reuse = self._kind(self._radii(groups))
-        known = self.roles is not None and self.roles.complete
-
-        def tables(tasks: int) -> list[int]:
-            return [meter.columns(tasks) for meter in self._due()]
-
-        one = options.strategy is None and (
-            reuse or (apart and self.solves.weightings["loss"].one_pass)
-        )
-        if one and ranks.copies and known:
-            return FSDPOneRowStep(ranks, self.roles, samples, batches, [1])
-        if one and not ranks.copies:
-            decomposed = _aggregates(options.sharpness, "decomposed")
-            rows = [1] if apart else [1 + decomposed, 1]
-            measuring = None
-            if self.solves.weightings["loss"].one_pass and self.measures:
-                measuring = RowStep(
-                    ranks, self.roles, samples, None, perturbed=False, local=False, tables=tables
-                )
-            return OneRowStep(ranks, self.roles, samples, batches, rows, measuring)
-        if isinstance(options.strategy, CoopFlat):
-            turn = functools.partial(options.strategy.turn, self.steps)
-            return TurnStep(ranks, self.roles, samples, batches, turn)
-        if not apart and isinstance(options.sharpness, SAMO):
-            return SamoStep(ranks, self.roles, samples, batches)
-        if options.strategy is None and isinstance(options.jacobian, Representation):
-            return OneRowStep(ranks, self.roles, samples, batches, [1], extra=message)
-        perturbed = not apart or options.strategy is not None
-        local = perturbed and not options.sync_perturbation
-        losses = (lambda: self._losses) if self._looks_at_losses else None
-        second: Second = "sam" if _aggregates(options.sharpness, "direct") else "flat"
-        if ranks.copies:
-            return FSDPStep(ranks, self.roles, samples, losses, perturbed=perturbed, second=second)
-        if options.shard_rows:
-            return ShardedStep(
-                ranks,
-                self.roles,
-                samples,
-                losses,
-                perturbed=perturbed,
-                second=second,
-                tables=tables,
-            )
-        twice = isinstance(options.strategy, MAML) and not options.strategy.first_order
-        return RowStep(
-            ranks,
-            self.roles,
-            samples,
-            losses,
-            perturbed=perturbed,
-            local=local,
-            tables=tables,
-            twice=twice,
-        )
-
-    def _facts(self, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What must be the same on all ranks."""
-        options, params = self.options, self._params()
-        grouped = None if self._groups is None else self._groups()
-        told = {
-            "shard_rows": options.shard_rows,
-            "sharpness": repr(options.strategy or options.sharpness),
-            "weighting": [self._plain(w) for w in self.solves.weightings.values()],
-            "shared": None if self._named is None else sorted(map(self.label, self._named)),
-            "weights_per": None if grouped is None else [grouped.get(id(p)) for p in params],
-            "row_dtype": str(options.row_dtype),
-            "weights_every": options.weights_every,
-            "nonfinite": options.nonfinite,
-            "sync_perturbation": options.sync_perturbation,
-            "the number of steps made": self.steps,
-            "probes": [meter.facts() for meter in self.meters],
-            "losses": None if self.roles is None else self.roles.tasks,
-            "what the tasks reach": None if self.roles is None else self.roles.reach(),
-        }
-        return facts_of(params, [self.label(p) for p in params], groups, told)
-
-    @staticmethod
-    def _plain(weighting: Weighting) -> str:
-        """A weighting's name and arguments."""
-        kept = {
-            name: value.tolist() if isinstance(value, Tensor) else value
-            for name, value in vars(weighting).items()
-            if not name.startswith("_")
-        }
-        return f"{type(weighting).__name__} {kept}"
-
-    def _radii(self, groups: Iterable[dict[str, Any]]) -> Radii | None:
+    def radii(self, groups: Iterable[dict[str, Any]]) -> Radii | None:
+        """The radii of the next step; None without sharpness."""
         sharpness = self.options.sharpness
         return None if sharpness is None else Radii(sharpness, groups, self.steps)
 
@@ -455,8 +331,8 @@ class Engine:
                 "backward must find the gradients as it left them when it adds a micro-batch: they were "
                 "changed in place (zero_grad of another object, clipping); optimizer.zero_grad() starts anew"
             )
-        radii = self._radii(groups)
-        exact = any(meter.options.mode == "exact" for meter in self._due())
+        radii = self.radii(groups)
+        exact = any(meter.options.mode == "exact" for meter in self.due())
         away = bool(radii) or strategy is not None  # passes away from the parameters
         replaying = self.options.replay_rng and away
         looking = self._looks_back
@@ -532,7 +408,7 @@ class Engine:
         return self.solves.weightings["loss"].looks_back
 
     def _generators(self) -> Generators:
-        return Generators({p.device for p in self._params()})
+        return Generators({p.device for p in self.params()})
 
     def _refresh_roles(self) -> None:
         """The roles of a loaded state, or of parameters that have changed."""
@@ -541,7 +417,7 @@ class Engine:
         if self.roles is not None and self._changed(self.roles):
             self._carry_over(self.roles)
 
-    def _kind(self, radii: Radii | None) -> tuple[bool, bool]:
+    def kind(self, radii: Radii | None) -> tuple[bool, bool]:
         """Whether the next step has no perturbed pass, and whether it uses the last weights again."""
         sharpness = self.options.sharpness
         apart = not radii
@@ -560,7 +436,7 @@ class Engine:
         if not radii and self.roles is not None:
             for block in self.roles.blocks:
                 block.has_flat = False  # without a radius there is no flat part
-        apart, reuse = self._kind(radii)
+        apart, reuse = self.kind(radii)
         if isinstance(strategy, MAML):
             maml(self, strategy, passes, scale)
         elif isinstance(strategy, CoopFlat):
@@ -586,7 +462,7 @@ class Engine:
         return self.roles is not None and any(block.has_flat for block in self.roles.blocks)
 
     def _trainable(self) -> list[Tensor]:
-        params = [p for p in self._params() if p.requires_grad]
+        params = [p for p in self.params() if p.requires_grad]
         if not params:
             raise ValueError("params must hold at least one that requires grad, got none")
         return params
@@ -601,7 +477,7 @@ class Engine:
                 f"losses must be of the tasks {roles.tasks}, as before (None for one that is missing "
                 f"from the batch), got {losses.names}"
             )
-        told = self._named is not None or isinstance(self.options.strategy, CoopFlat)
+        told = self.named is not None or isinstance(self.options.strategy, CoopFlat)
         if roles is None and losses.together and not told:
             warnings.warn(
                 "losses are entries of one tensor: every parameter that it depends on counts as shared. "
@@ -631,7 +507,7 @@ class Engine:
             raise RuntimeError(
                 "params must stay as they are between the micro-batches of a step, got other ones"
             )
-        params = self._params()
+        params = self.params()
         self.roles = load_roles(save_roles(roles, params), params, self._make_roles)
 
     def _make_roles(self, params: Sequence[Tensor], tasks: list[Any]) -> Roles:
@@ -647,15 +523,15 @@ class Engine:
             local=local_of if ranks is not None and ranks.copies else None,
             moved=ranks.forget_gathered if ranks is not None and ranks.copies else None,
         )
-        return Roles(params, tasks, self._named, self.label, layout)
+        return Roles(params, tasks, self.named, self.label, layout)
 
     def clean_passes(self, passes: Passes) -> Iterator[tuple[Roles, TaskLosses]]:
         """Every micro-batch's roles and losses; notes the losses."""
         if self.capture is None:
-            self._losses = []
+            self.losses = []
         for losses in passes.clean():
             roles, losses = self._roles_for(losses)
-            self._losses = added_entries(self._losses, losses.detached)
+            self.losses = added_entries(self.losses, losses.detached)
             yield roles, losses
             losses.outputs.clear()  # what is left of the graphs is not needed any more
 
@@ -685,19 +561,19 @@ class Engine:
     def measure(self, passes: Passes, roles: Roles, found: Captured, scale: Tensor | None) -> None:
         """Hands the task gradients to the meters that measure at this step."""
         link = self.row_step if self.one_row_step is None else self.one_row_step.measuring
-        for meter in self._due():
+        for meter in self.due():
             try:
                 again = functools.partial(self._ahead, passes)
-                meter.at_rows(roles, found, self._losses, scale, again, link)
+                meter.at_rows(roles, found, self.losses, scale, again, link)
             finally:
                 passes.end()
 
     @property
     def measures(self) -> bool:
         """Whether some meter measures at this step."""
-        return bool(self._due())
+        return bool(self.due())
 
-    def _due(self) -> list[Meter]:
+    def due(self) -> list[Meter]:
         """The meters that measure at this step, if it has task gradients."""
         return [meter for meter in self.meters if meter.due]
 
@@ -731,9 +607,9 @@ class Engine:
         full = self.options.history > 0 or self.measures
         seen = columns = None
         assert self.roles is not None
-        if self._looks_at_losses:
+        if self.looks_at_losses:
             seen = self.observed(self._all_losses(), self.roles)
-        if self._groups is not None and self.roles.shared is not None:
+        if self.groups is not None and self.roles.shared is not None:
             columns = self._columns_of(self.roles.shared)
         step = self.row_step
         known = None if step is None else step.grams
@@ -745,10 +621,11 @@ class Engine:
             return self.row_step.averaged
         if self.one_row_step is not None:
             return self.one_row_step.averaged
-        return self._losses
+        return self.losses
 
     @property
-    def _looks_at_losses(self) -> bool:
+    def looks_at_losses(self) -> bool:
+        """Whether a weighting looks at the losses."""
         return any(
             "losses" in w.needs or w.one_pass or isinstance(w, RowMethod)
             for w in self.solves.weightings.values()
@@ -766,8 +643,8 @@ class Engine:
 
     def _columns_of(self, block: Block) -> Columns:
         if self._columns is None or self._columns[0] is not block:
-            assert self._groups is not None
-            self._columns = (block, columns_of(block, self._groups()))
+            assert self.groups is not None
+            self._columns = (block, columns_of(block, self.groups()))
         return self._columns[1]
 
     def observed(self, losses: Sequence[Tensor | None], roles: Roles) -> Observed:
@@ -859,7 +736,7 @@ class Engine:
         """
         ids = {id(roles.params[k]) for k in reached}
         # Frozen parameters too: a gradient of earlier must not move them.
-        for param in self._params():
+        for param in self.params():
             if id(param) not in ids:
                 param.grad = None
         self._written = []
@@ -920,7 +797,7 @@ class Engine:
         if not self.options.history and not watching:
             return
         device = roles.params[0].device
-        clean = loss_vector(self._losses, device)
+        clean = loss_vector(self.losses, device)
         rise = None if after is None else loss_vector(after, device) - clean
         if watching and rise is not None:
             self._radius.look(clean, rise, squares)
@@ -960,7 +837,7 @@ class Engine:
 
     def _measure_gram(self, roles: Roles, found: Found | None, scale: Tensor | None) -> None:
         """Hands the Gram matrix of the task gradients, where the step has them, to the meters."""
-        meters = self._due()
+        meters = self.due()
         if not meters or roles.shared is None or found is None or found.gram is None:
             return
         gram = found.gram
@@ -978,7 +855,7 @@ class Engine:
             return self._loaded
         state: dict[str, Any] = {"steps": self.steps}
         if self.roles is not None:
-            state.update(save_roles(self.roles, self._params()))
+            state.update(save_roles(self.roles, self.params()))
             state["weights"] = {name: w.clone() for name, w in self.weights.items()}
         if self.directions is not None:
             state["directions"] = self.directions.state_dict()
@@ -1000,7 +877,7 @@ class Engine:
         state, self._loaded = self._loaded, None
         assert state is not None
         device = self._trainable()[0].device
-        self.roles = load_roles(state, self._params(), self._make_roles)
+        self.roles = load_roles(state, self.params(), self._make_roles)
         self.weights = {name: w.to(device).clone() for name, w in state["weights"].items()}
 
 

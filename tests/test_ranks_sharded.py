@@ -222,10 +222,10 @@ def unlike(rank: int, seed: int) -> list[str]:
         case = Case("MGDA", wrap="shard_rows" if what == "shard_rows" and rank else "ddp")
         run = Run(case, seed, 2, rank)
         if what == "shared":
-            run.optimizer._engine._named = list(run.net.trunk.parameters())[: rank + 1]
+            run.optimizer._engine.named = list(run.net.trunk.parameters())[: rank + 1]
         elif what == "weights_per":
             numbers = {id(p): k * rank for k, p in enumerate(run.net.parameters())}
-            run.optimizer._engine._groups = lambda numbers=numbers: numbers
+            run.optimizer._engine.groups = lambda numbers=numbers: numbers
         try:
             run.step()
             texts.append("made")
