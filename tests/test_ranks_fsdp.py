@@ -277,11 +277,16 @@ def errors(rank: int, case: Case, seed: int) -> tuple[str, str, float]:
             of("heads_sharded", labels="late_on_last", sharpness=SHARP),
             "must not be None on any rank where the task's own",
         ),
-        (of("heads_replicated", labels="idle"), "at least one task on every rank"),
+        pytest.param(
+            of("heads_replicated", labels="idle"),
+            "at least one task on every rank",
+            marks=pytest.mark.slow,  # each starts the processes anew
+        ),
         (of("heads_replicated", labels="alone_on_last", net="branch"), "no other task through"),
-        (
+        pytest.param(
             of("heads_replicated", labels="alone_on_last", net="branch", method="DWA"),
             "no other task through",
+            marks=pytest.mark.slow,
         ),
     ],
 )
