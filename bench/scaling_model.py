@@ -44,6 +44,11 @@ def losses(T: int) -> Calls:
     return [("all_reduce", (2 * T + 1) * DOUBLE)]
 
 
+def before_one_row(T: int) -> Calls:
+    """Before one backward pass: the same, and the number of micro-batches and its square."""
+    return [("all_reduce", (2 * T + 3) * DOUBLE)]
+
+
 def rows(T: int, P: int, own: Sequence[int], e: int, *, perturbed: bool = False) -> Calls:
     """DDP: a message a task, of shared row, tail of one cache line, and own row. T, or 2 T of them."""
     family = [("all_reduce", (P + LINE // e + own[i]) * e) for i in range(T)]
@@ -70,7 +75,7 @@ def one_row(
     """
     second = [("all_reduce", (P + sum(own) + 1) * e)]
     first = [("all_reduce", ((1 + apart) * P + sum(own) + 1) * e)]
-    return losses(T) + (first + second if perturbed else second)
+    return before_one_row(T) + (first + second if perturbed else second)
 
 
 def parts(T: int, P: int, own: Sequence[int], e: int, n: int, *, perturbed: bool = False) -> Calls:
@@ -104,7 +109,7 @@ def shards(T: int, R: int, Q: int, e: int, *, perturbed: bool = False) -> Calls:
 def one_row_of_shards(T: int, R: int, Q: int, blocks: int, e: int) -> Calls:
     """FSDP2 with one backward pass: losses, replicated columns, a squared norm of each block's row."""
     replicated = [("all_reduce", (R + Q) * e)] if R + Q else []
-    return losses(T) + replicated + [("all_reduce", blocks * DOUBLE)]
+    return before_one_row(T) + replicated + [("all_reduce", blocks * DOUBLE)]
 
 
 def of_fsdp(

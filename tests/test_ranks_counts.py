@@ -12,91 +12,18 @@ import torch
 from ranks import counted
 from shard_runs import Case, Net, Run
 
+from bench.scaling_model import (
+    Calls,
+    losses,
+    one_row,
+    one_row_of_shards,
+    parts,
+    row,
+    rows,
+    rows_of_each,
+    shards,
+)
 from flatmtl import SAM
-
-Calls = list[tuple[str, int]]
-
-# ---------------------------------------------------------------- the formulas
-#
-# T tasks on n ranks, e bytes an element of a row, k = 64 / e elements a cache line.
-#   P    shared parameters, each filled up to whole cache lines: sum_j ceil(numel_j / k) k
-#   O_i  own[i], the same of the parameters that task i has for itself
-#   P', O_i'   P and O_i filled up to n whole cache lines
-# Every message is what a rank hands in, as ranks.counted has it. These are the steps from the third on
-# (once all ranks know what the tasks reach), of a model without buffers.
-
-DOUBLE = 8
-LINE = 64
-
-
-def row(e: int, sizes: list[int], n: int = 1) -> int:
-    """P or O_i; with ``n`` P' or O_i'. Elements."""
-    k = LINE // e
-    whole = sum(-(-size // k) * k for size in sizes)
-    return -(-whole // (k * n)) * k * n
-
-
-def losses(T: int) -> Calls:
-    """Before a step that looks at losses: T losses, T counts, one mark."""
-    return [("all_reduce", (2 * T + 1) * DOUBLE)]
-
-
-def rows(T: int, P: int, own: list[int], e: int, *, perturbed: bool = False) -> Calls:
-    """DDP: a message a task, of shared row, tail of one cache line, and own row. T, or 2 T of them."""
-    family = [("all_reduce", (P + LINE // e + own[i]) * e) for i in range(T)]
-    return 2 * family if perturbed else family
-
-
-def rows_of_each(T: int, P: int, own: list[int], e: int) -> Calls:
-    """DDP with sync_perturbation=False: the same 2 T messages, each task's two one after the other."""
-    return [call for one in rows(T, P, own, e) for call in (one, one)]
-
-
-def one_row(
-    T: int, P: int, own: list[int], e: int, *, perturbed: bool = False, apart: bool = False
-) -> Calls:
-    """One backward pass: losses, then one row and a mark; with sharpness a second such row.
-
-    ``apart``: the first has two shared rows ("decomposed", whose weights of g and of f differ).
-    """
-    second = [("all_reduce", (P + sum(own) + 1) * e)]
-    first = [("all_reduce", ((1 + apart) * P + sum(own) + 1) * e)]
-    return losses(T) + (first + second if perturbed else second)
-
-
-def parts(T: int, P: int, own: list[int], e: int, n: int, *, perturbed: bool = False) -> Calls:
-    """shard_rows=True, P' and O_i' given: T + 2 collectives, or 3 T + 3 with sharpness.
-
-    T reduce-scatters of a row each, one all-reduce of the Gram matrix and two norms a task, one all-gather of
-    the update. With sharpness, before the last one, T times an all-gather of the row to perturb along and
-    a reduce-scatter of the one found there, and a second Gram matrix.
-    """
-    c = [P // n + LINE // e + own[i] // n for i in range(T)]
-    scatter = [("reduce_scatter_tensor", n * c[i] * e) for i in range(T)]
-    gather = [("all_gather_into_tensor", c[i] * e) for i in range(T)]
-    gram = [("all_reduce", (T * T + 2 * T) * DOUBLE)]
-    found = scatter + gram
-    if perturbed:
-        found += [call for i in range(T) for call in (gather[i], scatter[i])] + gram
-    return found + [("all_gather_into_tensor", (P // n + sum(own) // n) * e)]
-
-
-def shards(T: int, R: int, Q: int, e: int, *, perturbed: bool = False) -> Calls:
-    """FSDP2, beside its own: R (Q) elements of replicated parameters in P (in all O_i) of the block.
-
-    One all-reduce of all rows' replicated columns if there are any, one of the Gram matrix, two norms and a
-    count a task; twice with sharpness.
-    """
-    found = [("all_reduce", (T * R + Q) * e)] if R + Q else []
-    found += [("all_reduce", (T * T + 3 * T) * DOUBLE)]
-    return 2 * found if perturbed else found
-
-
-def one_row_of_shards(T: int, R: int, Q: int, blocks: int, e: int) -> Calls:
-    """FSDP2 with one backward pass: losses, replicated columns, a squared norm of each block's row."""
-    replicated = [("all_reduce", (R + Q) * e)] if R + Q else []
-    return losses(T) + replicated + [("all_reduce", blocks * DOUBLE)]
-
 
 # ---------------------------------------------------------------- counted
 

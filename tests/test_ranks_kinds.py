@@ -267,17 +267,17 @@ def test_what_goes_between_the_ranks(ranks, rng, kind):
     tail = 64  # counts and marks beside a task's row
     sent = {
         "representation": [
-            (2 * tasks + 1 + tasks**2 + tasks) * DOUBLE,
+            (2 * tasks + 3 + tasks**2 + tasks) * DOUBLE,
             shared + sum(heads) + DOUBLE,
         ],
         "samo": [
-            (2 * tasks + 1) * DOUBLE,
+            (2 * tasks + 3) * DOUBLE,
             shared + sum(heads) + DOUBLE,
             *(size for own in heads for size in (3 * DOUBLE, shared + tail + own)),
         ],
         "maml": [shared + tail + own for own in heads] * 3,
         # step 3 is the turn of task 0; the extra parameter is nobody's
-        "coop": [(2 * tasks + 1) * DOUBLE, shared + row(5, 5 * 2, 2) + DOUBLE],
+        "coop": [(2 * tasks + 3) * DOUBLE, shared + row(5, 5 * 2, 2) + DOUBLE],
     }
     seed = int(rng.integers(2**31))
     for result in ranks(2).run(train, seed, kind):

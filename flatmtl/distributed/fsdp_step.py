@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flatmtl import ops
 from flatmtl.block import Block
-from flatmtl.distributed.agree import NOBODY, agree_on_reach
+from flatmtl.distributed.agree import NOBODY, agree_on_reach, gather_or_raise
 from flatmtl.distributed.capture import RankedCapture
 from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.exchange import Exchange
@@ -59,6 +59,8 @@ class FSDPCapture(RankedCapture):
         present = losses.present
         if not present:
             raise ValueError(NO_TASK.format(rank=self._ranks.rank))
+        if not self._known and all(map(is_sharded, roles.params)):
+            self._check_alike(present)
         others = {
             task: like(roles, task, present) if self._known else present[0]
             for task in range(len(roles.tasks))
@@ -78,6 +80,21 @@ class FSDPCapture(RankedCapture):
                 self._pack_row(task, found)
             else:
                 self._hold(task, found)
+
+    def _check_alike(self, present: list[int]) -> None:
+        """Raises ValueError on all ranks if they have different tasks, and none knows yet who reaches what.
+
+        Where some parameters are replicated those may be the heads, and a task may be missing.
+        """
+        found = gather_or_raise(self._ranks, {"here": present})
+        tasks = self.roles.tasks
+        for rank, facts in enumerate(found):
+            if facts["here"] != found[0]["here"]:
+                here = [[tasks[t] for t in one["here"]] for one in (found[0], facts)]
+                raise ValueError(
+                    "losses must be of the same tasks on all ranks at the first step where all parameters are "
+                    f"sharded, got {here[0]} on rank 0 and {here[1]} on rank {rank}"
+                )
 
     def _hold(self, task: int, grads: Gradients) -> None:
         held = self._held.setdefault(task, [None] * len(grads))
@@ -323,7 +340,7 @@ class FSDPStep(RowStep):
 
     def fail(self, failure: Exception) -> None:
         """The others are inside FSDP2's collectives: they find the text when those fail."""
-        if not self._ranks.broken:
+        if not self._over and not self._ranks.broken:
             self._ranks.tell(failure)
 
 
@@ -393,7 +410,7 @@ class FSDPOneRowStep(OneRowStep):
 
     def fail(self, failure: Exception) -> None:
         """As for rows of all tasks."""
-        if not self._ranks.broken:
+        if not self._over and not self._ranks.broken:
             self._ranks.tell(failure)
 
 

@@ -19,6 +19,11 @@ from flatmtl.ops._library import cpu_isa
 ProcessGroup = dist.ProcessGroup
 
 
+# torch 2.13 has new names for them, and warns at the old ones
+_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_join: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
 class RankFailedError(RuntimeError):
     """Another rank raised in this step, which was made on none. The text holds that rank's error."""
 
@@ -87,16 +92,14 @@ class Ranks:
     def scatter(self, part: Tensor, whole: Tensor) -> dist.Work:
         """``part`` [c] <- this rank's of the n equal parts of the sum of ``whole`` [n c] over the ranks."""
         with self._talking():
-            work: dist.Work = dist.reduce_scatter_tensor(
-                part, whole, group=self.group, async_op=True
-            )
+            work: dist.Work = _scatter(part, whole, group=self.group, async_op=True)
         return work
 
     def join(self, part: Tensor) -> Tensor:
         """[n c]: every rank's ``part`` [c], by rank."""
         whole = part.new_empty(self.size * part.numel())
         with self._talking():
-            dist.all_gather_into_tensor(whole, part, group=self.group)
+            _join(whole, part, group=self.group)
         return whole
 
     def wait(self, works: Sequence[dist.Work]) -> None:
