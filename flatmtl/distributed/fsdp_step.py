@@ -92,7 +92,7 @@ class FSDPCapture(RankedCapture):
             if facts["here"] != found[0]["here"]:
                 here = [[tasks[t] for t in one["here"]] for one in (found[0], facts)]
                 raise ValueError(
-                    "losses must be of the same tasks on all ranks at the first step where all parameters are "
+                    "losses must be of the same tasks on all ranks at the first step if all parameters are "
                     f"sharded, got {here[0]} on rank 0 and {here[1]} on rank {rank}"
                 )
 
