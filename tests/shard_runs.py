@@ -26,7 +26,7 @@ from flatmtl import MultiTaskOptimizer
 
 WIDTH = 18  # of an input
 TASKS = 3
-MOST = int(os.environ.get("FLATMTL_TEST_RUNS", 8))  # processes' trainings in a test
+MOST = int(os.environ.get("FLATMTL_TEST_RUNS", 5))  # processes' trainings in a test
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,15 @@ from flatmtl.weighting import PCGrad
 SHARP = SAM(0.05)
 DIRECT = SAM(0.05, aggregate="direct")
 METHODS = ["Mean", "PCGrad", "MGDA", "NashMTL", "CAGrad", "IMTL", "DWA", "UncertaintyWeighting"]
-SAMS = [None, SHARP, DIRECT, SAM(0.05, joint_norm=True), SAM(0.05, rho_task=0.02, warmup=2)]
+SAMS = [
+    None,
+    SHARP,
+    DIRECT,
+    SAM(0.05, joint_norm=True),
+    SAM(0.05, rho_task=0.02, warmup=2),
+    SAM(0.5, adaptive=True, eta=0.01, joint_norm=True),
+    SAM(0.5, adaptive=True, exempt_bias=True),
+]
 WRAPS = ["heads_replicated", "heads_sharded", "root"]
 LABELS = ["not_on_last", "on_first_alone", "not_at_first", "moving"]
 
@@ -213,7 +221,6 @@ def test_what_is_left_behind(ranks, rng):
 REFUSED = [
     ("GradDrop", None, {}, "looks at whole rows"),
     ("MGDA", None, {"weights_per": "parameter"}, "weights_per"),
-    ("MGDA", SAM(0.5, adaptive=True), {}, "adaptive"),
     ("MGDA", SAM(0.05, every=2), {}, "above 1"),
     ("MGDA", SAM(0.05, aggregate="second"), {}, "'second'"),
     ("MGDA", SHARP, {"sync_perturbation": False}, "sync_perturbation=False"),
