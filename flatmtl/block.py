@@ -187,14 +187,10 @@ class Block:
             for t, dims in zip(tensors, self._dims, strict=True)
         ]
 
-    def _as_laid(self, grad: Tensor, k: int) -> Tensor:
-        """A gradient of the k-th parameter, its elements in the order of the row."""
-        dims = self._dims[k]
-        return (grad if dims is None else grad.permute(dims)).contiguous()
-
     def flat(self, grad: Tensor, k: int) -> Tensor:
         """The k-th parameter's stretch of a row, [numel], from a gradient."""
-        return self._as_laid(grad, k).view(-1)
+        dims = self._dims[k]
+        return (grad if dims is None else grad.permute(dims)).contiguous().view(-1)
 
     def pack(
         self, row: Tensor, grads: Sequence[Tensor | None], *, accumulate: bool = False
@@ -205,7 +201,8 @@ class Block:
         for k in present:
             grad = grads[k]
             assert grad is not None
-            flat.append(self._as_laid(grad, k))
+            dims = self._dims[k]
+            flat.append((grad if dims is None else grad.permute(dims)).contiguous())
         offsets = [self.offsets[k] for k in present]
         sq_norm: Tensor = _ops.pack_row_.default(row, flat, offsets, accumulate)
         return sq_norm

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
-from flatmtl.distributed.counts import Samples
+from flatmtl.distributed.counts import Samples, counts_of
 from flatmtl.distributed.losses import average
 from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks, raise_failed
@@ -28,10 +28,10 @@ from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
 from flatmtl.history import History
 from flatmtl.jacobian import Batched, Capture, Captured, Jacobian
-from flatmtl.links import agree_before_step, link_of
+from flatmtl.links import agree_before_step, link_of, warn_of_unseen
 from flatmtl.losses import TaskLosses, added_entries, loss_vector
 from flatmtl.ops._status import INVALID_LOSS
-from flatmtl.passes import Passes, batches_of
+from flatmtl.passes import Passes, batches_of, repeats
 from flatmtl.radius import RadiusWatch
 from flatmtl.replay import Generators, Replay
 from flatmtl.representation import Representation
@@ -134,9 +134,9 @@ class Engine:
         self.watched = False
         self.meters: list[Meter] = []
         self.params, self.named = params, named
-        exempt_from_scaling(options.sharpness, options.model)  # raises without a model
+        self._exempt = frozenset(exempt_from_scaling(options.sharpness, options.model))
         self._before = BufferKeeper(options.model)  # as they were before the step
-        self._watch = Watch()
+        self._watch = Watch(together=options.ranks is not None)
         self._radius = RadiusWatch(self._watch)
         self.scale: Tensor | None = None
         self.running = False
@@ -164,6 +164,12 @@ class Engine:
     def is_open(self) -> bool:
         """Whether gradients wait for a step."""
         return self._open
+
+    def not_stepped(self, failure: BaseException) -> None:
+        """The base optimizer failed: other processes know nothing of it, and hear of it at the next step."""
+        if self.options.ranks is not None:
+            self.options.ranks.note_unmade(failure, told=False)
+        self.drop()
 
     def drop(self) -> None:
         """The step is not made: its gradients are forgotten, states are as before it."""
@@ -205,7 +211,7 @@ class Engine:
                 average(ranks, none, self._counted, device, failed=True)
             raise
         if ranks is not None:
-            after = average(ranks, after, self._counted, device).entries()
+            after = average(ranks, after, self._counted, device, made=True).entries()
         seen = self.observed(after, self.roles)
         self.solves.weightings["loss"]._after_step(seen.losses, seen.there)
 
@@ -242,10 +248,6 @@ class Engine:
             or (isinstance(sharpness, SAM) and (sharpness.every > 1 or sharpness.warmup > 0))
         )
 
-    def poll(self) -> None:
-        """Looks at flags of earlier steps that have arrived from the device."""
-        self._watch.poll()
-
     def _continues(self) -> bool:
         """Whether backward() adds to that before: no step since, and nobody has reset the gradients."""
         return (
@@ -274,19 +276,28 @@ class Engine:
         """
         ranks = self.options.ranks
         if ranks is None:
-            return self._gradients(given, groups, scale)
+            self._watch.poll()
+            found = self._gradients(given, groups, scale)
+            if samples is not None and self.roles is not None:
+                counts_of(
+                    samples, self.roles.tasks
+                )  # what several processes refuse is refused here too
+            return found
         if self._continues():
             raise RuntimeError(
                 "backward must be given all micro-batches of a step at once where several processes "
                 "train, as a list of closures; call step() or zero_grad() first"
             )
+        ranks.forget_gathered()  # by an evaluation, say: names would be those of other parameters
         self._refresh_roles()
         agree_before_step(self, ranks, groups, samples)
-        if samples is not None and self.options.row_dtype == torch.float16:
+        narrow = self.options.row_dtype or self.params()[0].dtype
+        if samples is not None and narrow == torch.float16:
             raise ValueError(
-                "samples must be None with row_dtype=torch.float16, in which sums over samples overflow"
+                "samples must be None where rows are float16, in which sums over samples overflow"
             )
-        ranks.send_buffers()
+        if repeats(given):  # else the passes are over, and their graph may hold the buffers
+            ranks.send_buffers()
         link = link_of(self, ranks, groups, samples, batches_of(given))
         if isinstance(link, RowStep):
             self.row_step = link
@@ -297,14 +308,18 @@ class Engine:
         else:
             self.one_row_step = link
         try:
+            ranks.check_made()
+            self._watch.poll()
+            warn_of_unseen(self, ranks)
             made = self._gradients(given, groups, scale)
         except RankFailedError:
             raise
         except Exception as failure:
             # a collective that failed may do so because another rank has left it
-            found = ranks.why() if ranks.lost(failure) else None
-            if found is not None:
-                raise found from failure
+            why = ranks.why() if ranks.lost(failure) else None
+            if why is not None:
+                raise why from failure
+            ranks.note_unmade(failure, told=not link.over)
             link.fail(failure)
             raise
         else:
@@ -377,7 +392,7 @@ class Engine:
                 self.directions.begin()
         self._begun, self.scale = True, scale
         undoing = scale is not None or self.options.nonfinite == "skip"
-        guarded = away or exact or (undoing and passes.repeatable)
+        guarded = away or exact or ((undoing or ranks is not None) and passes.repeatable)
         random = self._generators().state() if guarded else None
         if guarded and not self._guarded:
             self._before.save()
@@ -412,6 +427,8 @@ class Engine:
 
     def _refresh_roles(self) -> None:
         """The roles of a loaded state, or of parameters that have changed."""
+        # before the forward pass, in which a model whose parameters are sharded has others
+        self._exempt = frozenset(exempt_from_scaling(self.options.sharpness, self.options.model))
         if self._loaded is not None:
             self._take_loaded()
         if self.roles is not None and self._changed(self.roles):
@@ -515,7 +532,7 @@ class Engine:
         part = None if ranks is None or not options.shard_rows else (ranks.size, ranks.rank)
         layout = Layout(
             row_dtype=options.row_dtype,
-            exempt=frozenset(exempt_from_scaling(options.sharpness, options.model)),
+            exempt=self._exempt,
             both=_aggregates(options.sharpness, "each"),
             ends=_aggregates(options.sharpness, "second"),
             joined=ranks is not None and not ranks.copies,
@@ -740,6 +757,7 @@ class Engine:
             if id(param) not in ids:
                 param.grad = None
         self._written = []
+        sharded = self.options.ranks is not None and self.options.ranks.copies > 0
         blocks: list[tuple[Block, list[int], int | None]] = []
         if roles.shared is not None:
             blocks.append((roles.shared, roles.shared_index, None))
@@ -754,7 +772,9 @@ class Engine:
             for k, view in zip(index, block.views(block.update), strict=True):
                 if k in reached:
                     # A tensor of its own: p.grad.data = ... (as Module.to does) leaves the view alone.
-                    view = as_grad(view.detach(), roles.params[k])
+                    view = view.detach()
+                    if sharded:
+                        view = as_grad(view, roles.params[k])
                     roles.params[k].grad = view
                     self._written.append((roles.params[k], view, view._version))
         self._write_learned()

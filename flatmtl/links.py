@@ -48,6 +48,10 @@ def agree_before_step(
                 "parameters drift apart with them",
                 stacklevel=outside(),
             )
+
+
+def warn_of_unseen(engine: Engine, ranks: Ranks) -> None:
+    """Warns once of what no rank has come across, after so many steps."""
     roles = engine.roles
     if roles is not None and not roles.complete and engine.steps == _SEVERAL and not ranks.rank:
         names = [f"task {name!r}" for name in roles.unseen()]

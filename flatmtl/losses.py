@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from flatmtl.distributed.shards import is_sharded, local_of
+from flatmtl.distributed.shards import any_sharded, local_of
 
 TaskName: TypeAlias = int | str
 Losses: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]
@@ -101,7 +101,7 @@ class TaskLosses:
         """
         outputs = [self.output(task) for task in tasks]
         try:
-            if any(map(is_sharded, params)):
+            if any_sharded(params):
                 return _through_grad(outputs, params, seeds, retain_graph)
             return torch.autograd.grad(
                 outputs,  # type: ignore[arg-type]

@@ -96,9 +96,10 @@ class MultiTaskOptimizer(Optimizer):
         sync_perturbation: with sharpness and several processes: perturb along the gradient of the whole
             batch, as one process would. False: each rank along that of its own part (m-sharpness, as in
             Foret et al., arXiv 2010.01412; not with SAMO).
-        shard_rows: each of n processes keeps 1/n of every task's row: 1/n of the memory and about half of
-            the traffic. For weightings that look at Gram matrices (or losses); one micro-batch a step;
-            with sharpness "decomposed" and "direct" only, at every step.
+        shard_rows: each of n processes keeps 1/n of every task's row: 2 + T/n rows in place of T, and
+            without sharpness about half of the traffic (``docs/scaling.md``). For weightings that look at
+            Gram matrices (or losses); one micro-batch a step; with sharpness "decomposed" and "direct" only,
+            at every step.
 
     Raises:
         TypeError, ValueError: an argument is none of the above.
@@ -198,6 +199,8 @@ class MultiTaskOptimizer(Optimizer):
             check_ranks(sharpness, how, weighting, sync_perturbation)
             if ranks.copies:
                 check_shards(how, weights_every)
+        if shard_rows and ranks is not None and ranks.copies:
+            raise ValueError("shard_rows must be False where parameters are sharded (FSDP2)")
         if shard_rows or (ranks is not None and ranks.copies):
             what = (
                 "shard_rows must be False" if shard_rows else "params must not be sharded (FSDP2)"
@@ -537,8 +540,8 @@ class MultiTaskOptimizer(Optimizer):
             )
         try:
             made = amp.step(self.base_optimizer, self, self._engine.ok, on_host=self._engine.counts)
-        except BaseException:
-            self._engine.drop()
+        except BaseException as failure:
+            self._engine.not_stepped(failure)
             raise
         if made:
             self._engine.stepped()
@@ -577,7 +580,6 @@ class MultiTaskOptimizer(Optimizer):
             FloatingPointError: a gradient is not finite (``nonfinite="raise"``, no scaler).
             RuntimeError: a second micro-batch with sharpness.
         """
-        self._engine.poll()
         scale = amp.scale_of(scaler, self._all_params())
         for group in self.param_groups:
             self._check_group(group)

@@ -145,6 +145,13 @@ def batches_of(given: object) -> int:
     return len(given) if several else 1  # type: ignore[arg-type]
 
 
+def repeats(given: object) -> bool:
+    """Whether a step was given closures, not losses that are there already."""
+    one = callable(given) and not isinstance(given, Tensor)
+    several = isinstance(given, Sequence) and bool(given) and all(map(callable, given))
+    return one or several
+
+
 def takes(closure: Closure, name: str) -> bool:
     """Whether the closure has an argument of that name."""
     # Plain functions do without inspect, which costs as much as a kernel.

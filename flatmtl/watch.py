@@ -23,10 +23,18 @@ def outside() -> int:
 
 
 class Watch:
-    """Hands flags to the host: at once on the CPU, at a later call on CUDA."""
+    """Hands flags to the host: at once on the CPU, at a later call on CUDA.
 
-    def __init__(self) -> None:
-        self._waiting: list[tuple[torch.cuda.Event, Tensor, Act]] = []
+    Args:
+        together: several processes post the same flags, and must act on them at the same call of ``poll``:
+            the second after, whenever they arrive.
+    """
+
+    def __init__(self, *, together: bool = False) -> None:
+        self._together = together
+        self._polls = 0
+        # of each flag when it has arrived, its copy here, what to do, and the poll before it was posted
+        self._waiting: list[tuple[torch.cuda.Event, Tensor, Act, int]] = []
 
     def post(self, flags: Tensor, act: Act) -> None:
         """Has ``act`` called with ``flags`` (bool [n]) as soon as they are known here.
@@ -42,15 +50,24 @@ class Watch:
         host.copy_(flags, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._waiting.append((arrived, host, act))
+        self._waiting.append((arrived, host, act, self._polls))
 
     def poll(self) -> None:
         """Acts on the flags that have arrived."""
+        self._polls += 1
         if not self._waiting or torch.cuda.is_current_stream_capturing():
             return
-        while self._waiting and self._waiting[0][0].query():
-            _, host, act = self._waiting.pop(0)
+        while self._waiting and self._due(*self._waiting[0]):
+            _, host, act, _ = self._waiting.pop(0)
             act(host.tolist())
+
+    def _due(self, arrived: torch.cuda.Event, host: Tensor, act: Act, posted: int) -> bool:
+        if not self._together:
+            return arrived.query()
+        if self._polls < posted + 2:
+            return False
+        arrived.synchronize()  # of the step before the last: it has most likely arrived
+        return True
 
 
 def raise_invalid_loss(method: str) -> Act:

@@ -615,7 +615,9 @@ def loops_that_differ(rank: int, what: str) -> str:
     )  # fmt: skip
 
     def losses() -> dict[str, Tensor]:
-        names = ["a", "b", "c"] if what != "the order of the losses' tasks" or not rank else "bac"
+        names = (
+            ["a", "b", "c"] if what != "the losses' tasks and their order" or not rank else "bac"
+        )
         return {
             name: out.square().mean() for name, out in zip(names, net(torch.ones(2, 6).double()))
         }
@@ -627,7 +629,7 @@ def loops_that_differ(rank: int, what: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("what", ["probes", "the order of the losses' tasks"])
+@pytest.mark.parametrize("what", ["probes", "the losses' tasks and their order"])
 def test_loops_that_differ_are_an_error_on_all_ranks(ranks, what):
     for text in ranks(2).run(loops_that_differ, what):
         assert text.startswith(f"{what} must be the same on every rank")

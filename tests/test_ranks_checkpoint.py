@@ -39,8 +39,8 @@ def made(world: int, kind: str, seed: int) -> tuple[Net, flatmtl.MultiTaskOptimi
     torch.manual_seed(seed)
     net = Net()
     mesh = init_device_mesh("cpu", (world,))
-    for layer in (net.trunk[0], net.trunk[2]):
-        fully_shard(layer, mesh=mesh)
+    fully_shard(net.trunk[0], mesh=mesh)
+    # the root's own parameters stay gathered after a forward pass
     fully_shard(net, mesh=mesh, ignored_params=set(net.heads.parameters()))
     method, sharp = KINDS[kind]
     optimizer = flatmtl.MultiTaskOptimizer(
@@ -66,6 +66,11 @@ def train(
         optimizer.step(closure)
 
 
+def evaluate(net: Net, batch: Tensor) -> None:
+    with torch.no_grad():
+        net(batch[:, :5])
+
+
 def whole(net: Net) -> Tensor:
     params = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in net.parameters()]
     return torch.cat([p.detach().reshape(-1) for p in params])
@@ -79,6 +84,7 @@ def save(rank: int, world: int, folder: str, batches: list[Tensor]) -> dict[str,
     for kind in KINDS:
         net, optimizer = made(world, kind, seed=1)
         train(net, optimizer, batches[:3], rank, world)
+        evaluate(net, batches[0])
         dcp.save({"training": Checkpoint(net, optimizer)}, checkpoint_id=f"{folder}/{kind}")
         train(net, optimizer, batches[3:], rank, world)
         found[kind] = whole(net)
@@ -92,6 +98,7 @@ def load(rank: int, world: int, folder: str, batches: list[Tensor]) -> dict[str,
     found = {}
     for kind in KINDS:
         net, optimizer = made(world, kind, seed=2)
+        evaluate(net, batches[0])
         dcp.load({"training": Checkpoint(net, optimizer)}, checkpoint_id=f"{folder}/{kind}")
         train(net, optimizer, batches[3:], rank, world)
         found[kind] = whole(net)

@@ -119,6 +119,14 @@ def test_copies_of_the_shards(ranks, rng):
     assert not wrong, "\n".join(wrong)
 
 
+def test_biases_are_exempt_where_parameters_stay_gathered(ranks, rng):
+    seed = int(rng.integers(2**31))
+    exempt = SAM(0.5, adaptive=True, exempt_bias=True)
+    cases = [of("root", method="MGDA", sharpness=exempt, reshard=keep) for keep in (None, False)]
+    wrong = compared(ranks(2), cases, 2, seed, 1e-9)
+    assert not wrong, "\n".join(wrong)
+
+
 def test_clipping_and_half_precision(ranks, rng):
     seed = int(rng.integers(2**31))
     clipped = [

@@ -79,7 +79,7 @@ class Link:
             return set(tasks)
         same: dict[str, Any] = {
             "probes": self._meter.facts(),
-            "the order of the losses' tasks": tasks,
+            "the losses' tasks and their order": tasks,
             "the parameters": [f"{list(p.shape)} {p.dtype}" for p in self._params],
         }
         reached = [reach.get(p, set()) for p in self._params]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmtl.distributed.ranks import RankFailedError, Ranks, hardware
+from flatmtl.distributed.ranks import NOT_MADE, RankFailedError, Ranks, hardware
 from flatmtl.distributed.shards import is_sharded
 from flatmtl.losses import TaskName
 
 NOBODY = (
-    "losses must hold at least one task that has a loss on some rank, got only None on all of them"
+    "losses must hold at least one task that has a loss, and samples, on some rank, got None or no samples "
+    "on all of them"
 )
 _ERROR = "error"
 _OTHER = object()  # in place of what is not compared
@@ -28,10 +29,7 @@ def gather_or_raise(ranks: Ranks, facts: dict[str, Any]) -> list[dict[str, Any]]
     found = ranks.gather(facts)
     errors = [facts[_ERROR] for facts in found if _ERROR in facts]
     if errors:
-        raise RankFailedError(
-            f"the step was made on no rank, as one failed: {'; '.join(errors)} (seen from rank "
-            f"{ranks.rank})"
-        )
+        raise RankFailedError(f"{NOT_MADE}: {'; '.join(errors)} (seen from rank {ranks.rank})")
     return found
 
 
@@ -46,7 +44,15 @@ def agree(ranks: Ranks, facts: dict[str, Any], device: torch.device) -> list[str
         RankFailedError: a rank has failed.
     """
     own = {"place": ranks.free_place(), "hardware": hardware(device)}
-    found = gather_or_raise(ranks, {**facts, **own})
+    try:
+        found = gather_or_raise(ranks, {**facts, **own})
+    except RankFailedError:
+        raise
+    except RuntimeError as failure:
+        raise RuntimeError(
+            "ranks must all compare what they train, at the first step and after load_state_dict() or a "
+            f"change of probes, which is to be made on every rank; rank {ranks.rank} waited in vain"
+        ) from failure
     ranks.begin_at(max(one.pop("place") for one in found))
     kinds = {one.pop("hardware") for one in found}
     check_same(found)
@@ -83,7 +89,7 @@ def agree_on_reach(
     found = gather_or_raise(
         ranks, {"losses": list(tasks), "here": sorted(here), "reached": sorted(reached)}
     )
-    check_same([{"the order of the losses' tasks": facts["losses"]} for facts in found])
+    check_same([{"the losses' tasks and their order": facts["losses"]} for facts in found])
     together: set[tuple[int, int]] = set().union(*(map(tuple, facts["reached"]) for facts in found))
     return set().union(*(facts["here"] for facts in found)), sorted(together)
 

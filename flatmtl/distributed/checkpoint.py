@@ -48,6 +48,7 @@ class Checkpoint:
         from torch.distributed.checkpoint import state_dict as of
 
         base = self._optimizer.base_optimizer
+        self._gather_nothing()
         with self._without_learned() as learned:
             optim = of.get_optimizer_state_dict(self._model, base)
         own = self._optimizer.state_dict()["flatmtl"]
@@ -72,12 +73,19 @@ class Checkpoint:
         optimizer, base = self._optimizer, self._optimizer.base_optimizer
         own = torch.load(io.BytesIO(state_dict["flatmtl"]), weights_only=True)
         states = own.pop("learned")
+        self._gather_nothing()
         of.set_model_state_dict(self._model, state_dict["model"])
         with self._without_learned() as learned:
             of.set_optimizer_state_dict(self._model, base, state_dict["optim"])
         for param, state in zip(learned, states, strict=True):
             base.state[param] = state
         optimizer.load_state_dict({**base.state_dict(), "flatmtl": own})
+
+    def _gather_nothing(self) -> None:
+        """FSDP2 may have left parameters gathered, which are then others than the optimizer's."""
+        ranks = self._optimizer._options.ranks
+        if ranks is not None:
+            ranks.forget_gathered()
 
     @contextmanager
     def _without_learned(self) -> Iterator[list[Tensor]]:

@@ -43,6 +43,7 @@ def average(
     *,
     extra: Sequence[Tensor] = (),
     failed: bool = False,
+    made: bool = False,
 ) -> Averaged:
     """One small message.
 
@@ -53,6 +54,7 @@ def average(
         device: where the result is wanted.
         extra: numbers that are added up with them, float64 1-D each.
         failed: this rank cannot go on.
+        made: the step is over.
 
     Raises:
         RankFailedError: a rank has failed (where the device can be read without a wait).
@@ -72,7 +74,7 @@ def average(
     mine = message[tasks : 2 * tasks].clone()
     ranks.total(message)
     if device.type == "cpu" and not failed and message[2 * tasks] > 0:
-        raise ranks.told()
+        raise ranks.told(made=made)
     total = message[tasks : 2 * tasks]
     values = torch.where(total > 0, message[:tasks] / total, torch.nan)
     shares = torch.where(total > 0, mine / total, 0.0)

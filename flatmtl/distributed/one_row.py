@@ -128,6 +128,7 @@ class OneRowStep:
         assert found.extra is not None
         both, found.extra = found.extra[-2:], found.extra[:-2]
         if both.device.type == "cpu" and self._ranks.size * both[1] != both[0].square():
+            self._over = True  # all ranks know: there is nothing to tell
             raise ValueError(
                 "losses must be of as many micro-batches on every rank where a step is one backward pass for "
                 f"all tasks, got {self._batches} on rank {self._ranks.rank}"
@@ -202,6 +203,11 @@ class OneRowStep:
         if not present:
             raise ValueError(NOBODY)
         return present
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing goes between the ranks any more."""
+        return self._over
 
     def fail(self, failure: Exception) -> None:
         """This rank cannot go on: the others learn of it where they wait."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -22,6 +23,9 @@ ProcessGroup = dist.ProcessGroup
 # torch 2.13 has new names for them, and warns at the old ones
 _scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _join: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+NOT_MADE = "the step was made on no rank, as one failed"
 
 
 class RankFailedError(RuntimeError):
@@ -58,6 +62,9 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.agreed = False
         self.broken = False
+        self._unmade: str | None = (
+            None  # why this rank did not make a step that others may have made
+        )
         self._failures = (
             0  # steps that some rank failed in: each has a place of its own in the store
         )
@@ -175,8 +182,8 @@ class Ranks:
         self._store().set(self._key(), text)
         self._failures += 1
 
-    def told(self) -> RankFailedError:
-        """The error that another rank has left. To be raised: the step was not made."""
+    def told(self, *, made: bool = False) -> RankFailedError:
+        """The error that another rank has left, to be raised; ``made``: whether the step was all the same."""
         store = self._store()
         try:
             store.wait([self._key()], timedelta(seconds=5))
@@ -184,9 +191,23 @@ class Ranks:
         except RuntimeError:  # torch.distributed's own errors are such
             text = "its own output says why"
         self._failures += 1
-        return RankFailedError(
-            f"the step was made on no rank, as one failed: {text} (seen from rank {self.rank})"
-        )
+        what = "a rank failed behind a step that was made" if made else NOT_MADE
+        return RankFailedError(f"{what}: {text} (seen from rank {self.rank})")
+
+    def note_unmade(self, failure: BaseException, *, told: bool) -> None:
+        """This rank alone may have failed behind its last message: the others hear of it at the next step."""
+        alone = isinstance(failure, (RuntimeError, MemoryError))  # others come to all ranks alike
+        if alone and not told:
+            self._unmade = f"{type(failure).__name__}: {failure}"
+
+    def check_made(self) -> None:
+        """Raises RuntimeError if this rank did not make the last step, and the others may have."""
+        if self._unmade is not None:
+            text, self._unmade = self._unmade, None
+            raise RuntimeError(
+                f"every rank must make every step: rank {self.rank} failed in the last one, when it had sent "
+                f"all there was to send ({text}); parameters may differ: load a checkpoint"
+            )
 
     def lost(self, failure: Exception) -> bool:
         """Whether a failure here may be the consequence of another rank's."""
@@ -259,8 +280,8 @@ def find_ranks(
         return None
     if not (process_group == "model" or isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
-            "process_group must be a torch.distributed.ProcessGroup, 'model' or None, got "
-            f"{process_group!r}"
+            "process_group must be a torch.distributed.ProcessGroup that this rank is in, 'model' or (unless "
+            f"parameters are sharded) None, got {process_group!r}"
         )
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -278,6 +299,11 @@ def find_ranks(
             )
         if groups:
             group = next(iter(groups.values()))
+        elif any(map(_is_unit, modules)):
+            raise ValueError(
+                "base_optimizer must be made of the parameters that fully_shard leaves (DTensors): call "
+                "fully_shard first"
+            )
         elif dist.get_world_size() > 1:
             raise ValueError(
                 "process_group must be given where several processes run and model= is no "
@@ -306,10 +332,13 @@ def replicas_in(model: nn.Module) -> list[DistributedDataParallel]:
     return replicas
 
 
-def _find_sharded(mesh: Any, modules: Sequence[nn.Module], group: object) -> Ranks:  # noqa: ANN401
-    from torch.distributed.fsdp import FSDPModule  # it is there: params are DTensors
+def _is_unit(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # as in is_sharded
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
-    units = [m for m in modules if isinstance(m, FSDPModule)]
+
+def _find_sharded(mesh: Any, modules: Sequence[nn.Module], group: object) -> Ranks:  # noqa: ANN401
+    units = [m for m in modules if _is_unit(m)]
     if not units:
         raise ValueError(
             "model must be given, and be what fully_shard returned, where parameters are DTensors"

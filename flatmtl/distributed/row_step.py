@@ -215,6 +215,11 @@ class RowStep:
             raise self._ranks.told()
         return arrived
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing goes between the ranks any more."""
+        return self._over or (self._exchange is not None and self._exchange.done)
+
     def fail(self, failure: Exception) -> None:
         """This rank cannot go on: the others learn of it where they wait."""
         if self._over or self._ranks.broken:

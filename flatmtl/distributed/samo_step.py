@@ -114,6 +114,11 @@ class SamoStep:
             task: [shared[task], *([own[task]] if task in own else [])] for task in self._present
         }
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing goes between the ranks any more."""
+        return self._over
+
     def fail(self, failure: Exception) -> None:
         """This rank cannot go on: the others learn of it where they wait."""
         if self._over or self._ranks.broken:

@@ -17,6 +17,12 @@ def is_sharded(param: Tensor) -> bool:
     return module is not None and isinstance(param, module.DTensor)
 
 
+def any_sharded(params: Sequence[Tensor]) -> bool:
+    """Whether any of them is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(p, module.DTensor) for p in params)
+
+
 def local_of(tensor: Tensor) -> Tensor:
     """What this rank holds of it, in the tensor's own storage; a plain tensor is all here."""
     if not is_sharded(tensor):
