@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from flatmtl.block import ALIGNMENT, Block
+
+
+def kind_of(blocks: Sequence[Block]) -> tuple[torch.dtype, torch.device]:
+    """The one dtype of all blocks' rows, and their one device.
+
+    Raises:
+        ValueError: they are of several.
+    """
+    first = blocks[0]
+    for block in blocks:
+        if block.row_dtype != first.row_dtype or block.device != first.device:
+            raise ValueError(
+                "params must be of one dtype and on one device where several processes train, got "
+                f"{first.row_dtype} on {first.device} and {block.row_dtype} on {block.device}"
+            )
+    return first.row_dtype, first.device
 
 
 class Messages:
@@ -30,15 +46,7 @@ class Messages:
     def __init__(
         self, shared: Block | None, own: Mapping[int, Block], tasks: int, *, both: bool
     ) -> None:
-        blocks = [*([] if shared is None else [shared]), *own.values()]
-        first = blocks[0]
-        for block in blocks:
-            if block.row_dtype != first.row_dtype or block.device != first.device:
-                raise ValueError(
-                    "params must be of one dtype and on one device where several processes train, got "
-                    f"{first.row_dtype} on {first.device} and {block.row_dtype} on {block.device}"
-                )
-        self.dtype, self.device = first.row_dtype, first.device
+        self.dtype, self.device = kind_of([*([] if shared is None else [shared]), *own.values()])
         self.tail = ALIGNMENT // self.dtype.itemsize
         self.tasks, self._both = tasks, both
         self._start = 0 if shared is None else shared.size

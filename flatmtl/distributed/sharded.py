@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flatmtl.block import ALIGNMENT, Block
+from flatmtl.distributed.messages import kind_of
 
 _ops = torch.ops.flatmtl
 
@@ -65,15 +66,7 @@ class ShardedRows:
     def __init__(
         self, shared: Block | None, own: Mapping[int, Block], tasks: int, ranks: int, rank: int
     ) -> None:
-        blocks = [*([] if shared is None else [shared]), *own.values()]
-        first = blocks[0]
-        for block in blocks:
-            if block.row_dtype != first.row_dtype or block.device != first.device:
-                raise ValueError(
-                    "params must be of one dtype and on one device where several processes train, got "
-                    f"{first.row_dtype} on {first.device} and {block.row_dtype} on {block.device}"
-                )
-        self.dtype, self.device = first.row_dtype, first.device
+        self.dtype, self.device = kind_of([*([] if shared is None else [shared]), *own.values()])
         self.tail = ALIGNMENT // self.dtype.itemsize
         self._shared, self._own = shared, dict(own)
         self.tasks, self._ranks, self._rank = tasks, ranks, rank
