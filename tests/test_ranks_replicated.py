@@ -116,7 +116,9 @@ def of_nothing(rank: int, size: int, x: Tensor) -> Tensor:
 
     def closure() -> list[Tensor]:
         out = model(part)
-        return [(o - part[:, t])[: counts[t]].square().mean() for t, o in enumerate(out)]
+        # 0 / 0, and so is its gradient, whatever it is multiplied by
+        sums = [(o - part[:, t])[: counts[t]].square().sum() for t, o in enumerate(out)]
+        return [total / counts[t] for t, total in enumerate(sums)]
 
     for _ in range(3):
         losses = optimizer.step(closure, samples=counts)
