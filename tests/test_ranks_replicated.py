@@ -116,9 +116,12 @@ def of_nothing(rank: int, size: int, x: Tensor) -> Tensor:
 
     def closure() -> list[Tensor]:
         out = model(part)
-        # 0 / 0, and so is its gradient, whatever it is multiplied by
-        sums = [(o - part[:, t])[: counts[t]].square().sum() for t, o in enumerate(out)]
-        return [total / counts[t] for t, total in enumerate(sums)]
+        found = []
+        for t, o in enumerate(out):
+            mask = (torch.arange(len(part)) < counts[t]).double()
+            # with an empty mask 0 / 0, and so is every gradient, whatever it is multiplied by
+            found.append((mask * (o - part[:, t]).square()).sum() / mask.sum())
+        return found
 
     for _ in range(3):
         losses = optimizer.step(closure, samples=counts)
