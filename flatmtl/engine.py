@@ -279,9 +279,11 @@ class Engine:
             self._watch.poll()
             found = self._gradients(given, groups, scale)
             if samples is not None and self.roles is not None:
-                counts_of(
-                    samples, self.roles.tasks
-                )  # what several processes refuse is refused here too
+                try:  # what several processes refuse is refused here too
+                    counts_of(samples, self.roles.tasks)
+                except BaseException:
+                    self.drop()
+                    raise
             return found
         if self._continues():
             raise RuntimeError(

@@ -120,3 +120,29 @@ def test_a_rank_that_fails_behind_its_last_message(ranks: Any, rng: Any) -> None
         and "no room" in first[2]
     )
     assert first[3] == second[3] == ""  # the caller has been told
+
+
+@pytest.mark.parametrize(
+    ("samples", "kind", "text"),
+    [
+        (-1, ValueError, "samples must be finite and at least 0, got -1"),
+        ("8", TypeError, "samples must be a number, got str"),
+        ([8], ValueError, "samples must have one entry for each of 2 tasks, got 1"),
+        ({"z": 3}, ValueError, "samples must have the tasks [0, 1], got ['z']"),
+    ],
+)
+def test_samples_of_one_process_are_checked(samples: Any, kind: type, text: str) -> None:
+    model, optimizer = loop(1, "pcgrad")
+    x = torch.randn(8, 4, dtype=torch.float64)
+
+    def closure() -> list[Tensor]:
+        out = model(x)
+        return [out[:, 0].square().mean(), (out[:, 1] - 1).square().mean()]
+
+    before = flat(model)
+    with pytest.raises(kind) as raised:
+        optimizer.step(closure, samples=samples)
+    assert str(raised.value) == text
+    assert torch.equal(flat(model), before)
+    optimizer.step(closure, samples=8)
+    assert not torch.equal(flat(model), before)
