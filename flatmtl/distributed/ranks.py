@@ -17,12 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from flatmtl.distributed.shards import is_sharded, mesh_of
 from flatmtl.ops._library import cpu_isa
 
-ProcessGroup = dist.ProcessGroup
+if dist.is_available():
+    ProcessGroup = dist.ProcessGroup
+    # torch 2.13 has new names for them, and warns at the old ones
+    _scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    _join: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+else:
 
-
-# torch 2.13 has new names for them, and warns at the old ones
-_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_join: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    class ProcessGroup:  # type: ignore[no-redef]
+        """torch was built without torch.distributed: nothing is one."""
 
 
 NOT_MADE = "the step was made on no rank, as one failed"
@@ -278,7 +281,7 @@ def find_ranks(
     """
     if process_group is None and mesh_of(params) is None:
         return None
-    if not (process_group == "model" or isinstance(process_group, dist.ProcessGroup)):
+    if not (process_group == "model" or isinstance(process_group, ProcessGroup)):
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup that this rank is in, 'model' or (unless "
             f"parameters are sharded) None, got {process_group!r}"
@@ -312,7 +315,7 @@ def find_ranks(
             )
         else:
             return None
-    assert isinstance(group, dist.ProcessGroup)
+    assert isinstance(group, ProcessGroup)
     return Ranks(group, replicas) if dist.get_world_size(group) > 1 else None
 
 
@@ -353,7 +356,7 @@ def _find_sharded(mesh: Any, modules: Sequence[nn.Module], group: object) -> Ran
                 f"process_group must be given: the group of all {mesh.size()} ranks of a mesh of "
                 f"{mesh.ndim} dimensions"
             )
-    assert isinstance(group, dist.ProcessGroup)
+    assert isinstance(group, ProcessGroup)
     if dist.get_world_size(group) != mesh.size():
         raise ValueError(
             f"process_group must hold the {mesh.size()} ranks of the parameters' mesh, got "
