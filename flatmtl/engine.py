@@ -22,7 +22,6 @@ from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import RankFailedError, Ranks, raise_failed
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.samo_step import SamoStep
-from flatmtl.distributed.shards import as_grad, local_of
 from flatmtl.distributed.turn_step import TurnStep
 from flatmtl.families import Families, Found
 from flatmtl.graph import check_checkpoints
@@ -37,6 +36,7 @@ from flatmtl.replay import Generators, Replay
 from flatmtl.representation import Representation
 from flatmtl.resume import load_roles, save_roles
 from flatmtl.roles import Layout, Roles
+from flatmtl.shards import as_grad, local_of
 from flatmtl.sharpness import SAM, SAMO, Radii, Sharpness, exempt_from_scaling
 from flatmtl.solves import Observed, Solves
 from flatmtl.spsa import Directions

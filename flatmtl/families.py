@@ -15,7 +15,7 @@ from torch import Tensor
 from flatmtl import ops
 from flatmtl.block import Block
 from flatmtl.columns import Columns
-from flatmtl.distributed.sharded import Part
+from flatmtl.sharded import Part
 from flatmtl.solves import Observed, Solves
 from flatmtl.weighting._rows import RowMethod, RowState
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from flatmtl.distributed.shards import any_sharded, local_of
+from flatmtl.shards import any_sharded, local_of
 
 TaskName: TypeAlias = int | str
 Losses: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]

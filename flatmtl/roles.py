@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flatmtl.block import Block
-from flatmtl.distributed.messages import Messages
-from flatmtl.distributed.sharded import Part, ShardedRows
 from flatmtl.losses import TaskName
+from flatmtl.messages import Messages
+from flatmtl.sharded import Part, ShardedRows
 
 Gradients = Sequence[Tensor | None]
 

@@ -12,7 +12,7 @@ from shard_runs import Case, Run, chosen, compared, failing, whole
 from torch import Tensor, nn
 
 from flatmtl import SAM, MultiTaskOptimizer
-from flatmtl.distributed.shards import is_sharded
+from flatmtl.shards import is_sharded
 from flatmtl.weighting import PCGrad
 
 SHARP = SAM(0.05)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flatmtl.distributed.ranks import NOT_MADE, RankFailedError, Ranks, hardware
-from flatmtl.distributed.shards import is_sharded
 from flatmtl.losses import TaskName
+from flatmtl.shards import is_sharded
 
 NOBODY = (
     "losses must hold at least one task that has a loss, and samples, on some rank, got None or no samples "

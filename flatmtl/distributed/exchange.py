@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flatmtl.distributed.messages import Messages
 from flatmtl.distributed.ranks import Ranks
-from flatmtl.distributed.sharded import ShardedRows
 from flatmtl.distributed.tables import average_table
+from flatmtl.messages import Messages
+from flatmtl.sharded import ShardedRows
 
 Stages = Sequence[Sequence[tuple[str, int]]]
 WHOLE = "whole"  # in place of a family: a row's parts are put together

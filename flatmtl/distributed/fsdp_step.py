@@ -18,11 +18,11 @@ from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.sharded_step import Second
-from flatmtl.distributed.shards import is_sharded, runs_of
 from flatmtl.jacobian import Batched, Captured
 from flatmtl.losses import TaskLosses
 from flatmtl.passes import Passes
 from flatmtl.roles import Gradients, Roles
+from flatmtl.shards import is_sharded, runs_of
 from flatmtl.weighted import WeightedBackward
 
 NO_TASK = (

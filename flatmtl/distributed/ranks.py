@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatmtl.distributed.shards import is_sharded, mesh_of
 from flatmtl.ops._library import cpu_isa
+from flatmtl.shards import is_sharded, mesh_of
 
 if dist.is_available():
     ProcessGroup = dist.ProcessGroup

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flatmtl.block import ALIGNMENT, Block
-from flatmtl.distributed.messages import kind_of
+from flatmtl.messages import kind_of
 
 _ops = torch.ops.flatmtl
 
