@@ -134,8 +134,9 @@ class Capture:
         waiting: list[tuple[int, Gradients]] = []  # gradients whose roles are not settled yet
         settled = roles.settled
         for task, grads in task_gradients(losses, roles, batched, scale, retain_graph):
-            self._check_reaches(losses, task, grads)
-            self._reached.update(k for k, g in enumerate(grads) if g is not None)
+            hit = hits(grads)
+            self._check_reaches(losses, task, hit)
+            self._reached.update(hit)
             if roles.note(task, grads) and settled:
                 # A parameter turned up in a new role: lay everything out again.
                 waiting = [(t, self._unpack(t)) for t in sorted(self._packed)]
@@ -151,8 +152,9 @@ class Capture:
             for task, grads in waiting:
                 self._pack(task, grads)
 
-    def _check_reaches(self, losses: TaskLosses, task: int, grads: Gradients) -> None:
-        if not self.partial and all(g is None for g in grads):
+    def _check_reaches(self, losses: TaskLosses, task: int, hit: Sequence[int]) -> None:
+        """Raises ValueError if a task reaches none of the parameters, ``hit`` being those it does."""
+        if not self.partial and not hit:
             raise ValueError(
                 f"losses[{losses.names[task]!r}] must depend on a trainable parameter of the "
                 "optimizer, got one that reaches none"
@@ -195,6 +197,11 @@ class Capture:
         own_sq = {t: sq for t, sq in self._own_sq.items() if t in roles.own and t in self._packed}
         packed = set(self._packed)
         return Captured(shared_sq, own_sq, set(self._reached), packed, packed)
+
+
+def hits(grads: Gradients) -> list[int]:
+    """The positions of those that are there."""
+    return [k for k, grad in enumerate(grads) if grad is not None]
 
 
 def task_gradients(

@@ -9,7 +9,7 @@ from torch import Tensor
 from flatmtl.distributed.agree import NOBODY, agree_on_reach
 from flatmtl.distributed.exchange import Arrived, Exchange
 from flatmtl.distributed.ranks import Ranks
-from flatmtl.jacobian import Batched, Capture, task_gradients
+from flatmtl.jacobian import Batched, Capture, hits, task_gradients
 from flatmtl.losses import TaskLosses
 from flatmtl.roles import Gradients, Roles
 
@@ -78,7 +78,7 @@ class RankedCapture(Capture):
         roles = self.roles
         self._left -= 1
         for task, grads in task_gradients(losses, roles, batched, scale, retain_graph):
-            self._check_reaches(losses, task, grads)
+            self._check_reaches(losses, task, hits(grads))
             if self._known:
                 roles.note(task, grads)  # raises: the roles are settled for good
             else:

@@ -18,7 +18,7 @@ from flatmtl.distributed.one_row import OneRowStep
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.distributed.row_step import RowStep
 from flatmtl.distributed.sharded_step import Second
-from flatmtl.jacobian import Batched, Captured
+from flatmtl.jacobian import Batched, Captured, hits
 from flatmtl.losses import TaskLosses
 from flatmtl.passes import Passes
 from flatmtl.roles import Gradients, Roles
@@ -71,7 +71,7 @@ class FSDPCapture(RankedCapture):
             if task in present:
                 seed = losses.seed(task, scale) * self._counts.get(task, 1.0)
                 found: Gradients = losses.backward([task], roles.params, [seed], retain_graph=keep)
-                self._check_reaches(losses, task, found)
+                self._check_reaches(losses, task, hits(found))
                 self._packed.add(task)
             else:
                 found = stand_in(losses, others[task], roles.params, scale, keep)

@@ -15,7 +15,7 @@ from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.exchange import WHOLE, Exchange, ShardedExchange, Stages
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.distributed.row_step import RowStep
-from flatmtl.jacobian import Batched, task_gradients
+from flatmtl.jacobian import Batched, hits, task_gradients
 from flatmtl.losses import TaskLosses
 from flatmtl.roles import Gradients, Roles
 
@@ -40,7 +40,7 @@ class ShardedCapture(RankedCapture):
     ) -> None:
         roles = self.roles
         for task, grads in task_gradients(losses, roles, batched, scale, retain_graph):
-            self._check_reaches(losses, task, grads)
+            self._check_reaches(losses, task, hits(grads))
             self._packed.add(task)
             if self._known:
                 roles.note(task, grads)  # raises: the roles are settled for good
