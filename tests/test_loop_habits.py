@@ -241,8 +241,9 @@ def test_a_warm_up_grows_the_radius(x):
     assert distances == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rel=1e-5)
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_several_processes_must_be_told_how_they_belong_together(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match="one process"):
+    with pytest.raises(ValueError, match="process_group must be given where several processes run"):
         make(network())
+    make(network(), process_group=None)  # each by itself
