@@ -30,7 +30,7 @@ from flatmtl.jacobian import Batched, Capture, Captured, Jacobian
 from flatmtl.links import agree_before_step, link_of, warn_of_unseen
 from flatmtl.losses import TaskLosses, added_entries, loss_vector
 from flatmtl.ops._status import INVALID_LOSS
-from flatmtl.passes import Passes, batches_of, repeats
+from flatmtl.passes import Passes, closures_in
 from flatmtl.radius import RadiusWatch
 from flatmtl.replay import Generators, Replay
 from flatmtl.representation import Representation
@@ -298,9 +298,10 @@ class Engine:
             raise ValueError(
                 "samples must be None where rows are float16, in which sums over samples overflow"
             )
-        if repeats(given):  # else the passes are over, and their graph may hold the buffers
+        closures = closures_in(given)
+        if closures:  # else the passes are over, and their graph may hold the buffers
             ranks.send_buffers()
-        link = link_of(self, ranks, groups, samples, batches_of(given))
+        link = link_of(self, ranks, groups, samples, max(1, len(closures)))
         if isinstance(link, RowStep):
             self.row_step = link
         elif isinstance(link, SamoStep):

@@ -123,9 +123,12 @@ class Capture:
         try:
             self._add(losses, batched, scale, retain_graph)
         except BaseException:
-            self.roles.end_pass(losses.present, keep=False)
+            self._end_pass(losses.present, keep=False)
             raise
-        self.roles.end_pass(losses.present, keep=True)
+        self._end_pass(losses.present, keep=True)
+
+    def _end_pass(self, tasks: list[int], *, keep: bool) -> None:
+        self.roles.end_pass(tasks, keep=keep)
 
     def _add(
         self, losses: TaskLosses, batched: Batched | None, scale: Tensor | None, retain_graph: bool

@@ -31,7 +31,7 @@ class Messages:
     """Buffers [T, width] in which a task's shared row, a tail and its own row lie side by side.
 
     The blocks' ``jac`` and ``sam`` are views of them. The tail holds what the ranks must know of each
-    other (``Tail``).
+    other (``Exchange``).
 
     Args:
         shared: the shared block; None if nothing is shared.

@@ -43,13 +43,9 @@ class Passes:
         self._partial, self._inside = partial, inside
         self._replay, self._replaying = replay, replaying
         self._losses: TaskLosses | None = None
-        self._closures: list[Closure] = []
         self._present: list[set[TaskName]] = []  # of each micro-batch
-        if callable(given) and not isinstance(given, Tensor):
-            self._closures = [given]
-        elif isinstance(given, Sequence) and given and all(map(callable, given)):
-            self._closures = list(given)
-        else:
+        self._closures = closures_in(given)
+        if not self._closures:
             self._losses = read_losses(given, partial=partial)
         self._by_task = [takes(c, "tasks") for c in self._closures]
         self.repeatable = bool(self._closures)
@@ -139,17 +135,13 @@ class Passes:
             self._replay.end()
 
 
-def batches_of(given: object) -> int:
-    """The number of micro-batches in what a step was given."""
-    several = isinstance(given, Sequence) and bool(given) and all(map(callable, given))
-    return len(given) if several else 1  # type: ignore[arg-type]
-
-
-def repeats(given: object) -> bool:
-    """Whether a step was given closures, not losses that are there already."""
-    one = callable(given) and not isinstance(given, Tensor)
-    several = isinstance(given, Sequence) and bool(given) and all(map(callable, given))
-    return one or several
+def closures_in(given: object) -> list[Closure]:
+    """The closures that a step was given, one for each micro-batch; none where it was given losses."""
+    if callable(given) and not isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, Sequence) and given and all(map(callable, given)):
+        return list(given)
+    return []
 
 
 def takes(closure: Closure, name: str) -> bool:

@@ -94,6 +94,21 @@ def agree_on_reach(
     return set().union(*(facts["here"] for facts in found)), sorted(together)
 
 
+def present_in(counts: Tensor) -> set[int]:
+    """The tasks that some rank has a loss of; ``counts``: float64 [T], what all ranks' count for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if counts.device.type != "cpu":
+        # a task that no rank has would be known by waiting for the device only
+        return set(range(len(counts)))
+    present = {task for task, n in enumerate(counts.tolist()) if n > 0}
+    if not present:
+        raise ValueError(NOBODY)
+    return present
+
+
 def check_same(found: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError if the ranks' facts differ: the same text on all of them."""
     for name in dict.fromkeys(name for facts in found for name in facts):

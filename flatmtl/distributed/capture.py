@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from flatmtl.distributed.agree import NOBODY, agree_on_reach
-from flatmtl.distributed.exchange import Arrived, Exchange
+from flatmtl.distributed.agree import agree_on_reach
+from flatmtl.distributed.exchange import Exchange
 from flatmtl.distributed.ranks import Ranks
 from flatmtl.jacobian import Batched, Capture, hits, task_gradients
 from flatmtl.losses import TaskLosses
@@ -54,19 +54,9 @@ class RankedCapture(Capture):
         """What this rank's row of a task counts for."""
         return self._counts.get(task, 1.0) if task in self._packed else 0.0
 
-    def add(
-        self,
-        losses: TaskLosses,
-        batched: Batched | None,
-        scale: Tensor | None,
-        *,
-        retain_graph: bool = False,
-    ) -> None:
-        """As ``Capture.add``; what this rank alone sees for the first time settles nothing here."""
-        if self._known:
-            super().add(losses, batched, scale, retain_graph=retain_graph)
-        else:
-            self._add(losses, batched, scale, retain_graph)
+    def _end_pass(self, tasks: list[int], *, keep: bool) -> None:
+        if self._known:  # else nothing was noted: what this rank alone has seen settles nothing
+            super()._end_pass(tasks, keep=keep)
 
     def all_counts(self) -> list[float]:
         """[T], ``counts`` of every task."""
@@ -140,17 +130,3 @@ class RankedCapture(Capture):
         """Sends every row that has not been sent."""
         self._exchange = exchange
         self._send_until(len(self.roles.tasks))
-
-    def present(self, arrived: Arrived) -> set[int]:
-        """The tasks that some rank has a loss of; ``arrived``: what came with their rows.
-
-        Raises:
-            ValueError: there is none.
-        """
-        if arrived.counts.device.type != "cpu":
-            # a task that no rank has would be known by waiting for the device only
-            return set(range(len(self.roles.tasks)))
-        present = {task for task, n in enumerate(arrived.counts.tolist()) if n > 0}
-        if not present:
-            raise ValueError(NOBODY)
-        return present

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flatmtl import ops
 from flatmtl.block import Block
-from flatmtl.distributed.agree import NOBODY, agree_on_reach, gather_or_raise
+from flatmtl.distributed.agree import agree_on_reach, gather_or_raise, present_in
 from flatmtl.distributed.capture import RankedCapture
 from flatmtl.distributed.counts import Samples
 from flatmtl.distributed.exchange import Exchange
@@ -117,8 +117,7 @@ class FSDPCapture(RankedCapture):
             (task, k)
             for task, grads in self._held.items()
             if task in self._packed
-            for k, grad in enumerate(grads)
-            if grad is not None
+            for k in hits(grads)
         ]
         if roles.note_all(*agree_on_reach(self._ranks, roles.tasks, self._packed, reached)):
             roles.settle()
@@ -222,11 +221,7 @@ class FSDPStep(RowStep):
         )
         gram, _, own_sq, counts = self._together("jac", counts)
         self._factors = torch.where(counts > 0, self._ranks.size / counts, 0.0)
-        present = set(range(len(roles.tasks)))
-        if counts.device.type == "cpu":
-            present = {task for task, n in enumerate(counts.tolist()) if n > 0}
-            if not present:
-                raise ValueError(NOBODY)
+        present = present_in(counts)
         self._over = not self._perturbed
         shared_sq, own_sq = self._as_means("jac", gram, None, own_sq)
         if not self._perturbed:
@@ -259,7 +254,7 @@ class FSDPStep(RowStep):
         block = roles.shared
         if block is not None:
             for part, sharded in runs_of(block):
-                share = 1.0 / (self._ranks.copies if sharded else self._ranks.size)
+                share = self._ranks.share(sharded)
                 jac, sam = block.jac[:, part], block.sam[:, part] if name == "sam" else None
                 if sam is None:
                     gram = gram + ops.gram(jac) * share
@@ -308,7 +303,7 @@ class FSDPStep(RowStep):
         """As ``Block.adaptive_sq_norm``, over all ranks' columns."""
         total = torch.zeros((), dtype=torch.float64, device=block.device)
         for part, sharded in runs_of(block):
-            share = 1.0 / (self._ranks.copies if sharded else self._ranks.size)
+            share = self._ranks.share(sharded)
             total = total + block.adaptive_sq_norm(row, eta, part) * share
         return self._ranks.total(total)
 
@@ -399,7 +394,7 @@ class FSDPOneRowStep(OneRowStep):
         squares = torch.stack([square(self._ranks, block, row) for block, row in pairs])
         self._ranks.total(squares)
         self._over = True
-        present = self._present(roles).difference(without)
+        present = self.present().difference(without)
         found = list(squares.unbind())
         if shared is not None:
             backward.shared_sq = found.pop(0)
@@ -434,6 +429,6 @@ def square(ranks: Ranks, block: Block, row: Tensor) -> Tensor:
     """This rank's summand of the squared norm of a block's row [P], float64 0-dim."""
     total = torch.zeros((), dtype=torch.float64, device=block.device)
     for part, sharded in runs_of(block):
-        share = 1.0 / (ranks.copies if sharded else ranks.size)
+        share = ranks.share(sharded)
         total = total + ops.row_norms(row[part].unsqueeze(0))[0].square() * share
     return total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flatmtl import ops
-from flatmtl.distributed.agree import NOBODY, gather_failure
+from flatmtl.distributed.agree import gather_failure, present_in
 from flatmtl.distributed.counts import Samples, counts_of
 from flatmtl.distributed.losses import Averaged, average
 from flatmtl.distributed.ranks import Ranks
@@ -165,7 +165,7 @@ class OneRowStep:
             if task not in backward.own_sq:
                 row.zero_()
         self._add_up([*shared, *own.values()])
-        present = self._present(roles).difference(without)
+        present = self.present().difference(without)
         if shared:
             backward.shared_sq = ops.row_norms(shared[0].unsqueeze(0))[0].square()
         backward.own_sq = {
@@ -195,14 +195,9 @@ class OneRowStep:
         shared = 0 if roles.shared is None else roles.shared.size
         return rows * shared + sum(block.size for block in roles.own.values())
 
-    def _present(self, roles: Roles) -> set[int]:
-        counts = torch.stack(self._counts).sum(0)
-        if counts.device.type != "cpu":
-            return set(range(len(roles.tasks)))
-        present = {task for task, n in enumerate(counts.tolist()) if n > 0}
-        if not present:
-            raise ValueError(NOBODY)
-        return present
+    def present(self) -> set[int]:
+        """The tasks that some rank has a loss of at this step (``present_in``)."""
+        return present_in(torch.stack(self._counts).sum(0))
 
     @property
     def over(self) -> bool:

@@ -65,12 +65,10 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.agreed = False
         self.broken = False
-        self._unmade: str | None = (
-            None  # why this rank did not make a step that others may have made
-        )
-        self._failures = (
-            0  # steps that some rank failed in: each has a place of its own in the store
-        )
+        # why this rank did not make a step that others may have made
+        self._unmade: str | None = None
+        # steps that some rank failed in: each has a place of its own in the store
+        self._failures = 0
 
     def __reduce__(self) -> Any:  # noqa: ANN401
         raise TypeError(
@@ -129,6 +127,10 @@ class Ranks:
         with self._talking():
             dist.all_gather_object(found, facts, group=self.group)
         return found
+
+    def share(self, sharded: bool) -> float:
+        """What a rank's sum over columns counts for in that over all ranks: each column counts once."""
+        return 1.0 / (self.copies if sharded else self.size)
 
     # ------------------------------------------------------------ the replicas
 
@@ -279,7 +281,8 @@ def find_ranks(
         ValueError: there are several processes, and nothing says how they belong together; or a replica
             cannot be trained so.
     """
-    if process_group is None and mesh_of(params) is None:
+    mesh = mesh_of(params)
+    if process_group is None and mesh is None:
         return None
     if not (process_group == "model" or isinstance(process_group, ProcessGroup)):
         raise TypeError(
@@ -290,7 +293,6 @@ def find_ranks(
         return None
     modules = [] if model is None else list(model.modules())
     replicas = [] if model is None else replicas_in(model)
-    mesh = mesh_of(params)
     if mesh is not None:
         return _find_sharded(mesh, modules, process_group)
     group = process_group

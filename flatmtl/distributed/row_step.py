@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flatmtl import ops
 from flatmtl.block import Block
-from flatmtl.distributed.agree import gather_failure
+from flatmtl.distributed.agree import gather_failure, present_in
 from flatmtl.distributed.capture import RankedCapture
 from flatmtl.distributed.counts import Samples, counts_of
 from flatmtl.distributed.exchange import LOSSES, Arrived, Exchange, Stages
@@ -190,7 +190,7 @@ class RowStep:
     def _captured(self, arrived: Arrived) -> Captured:
         assert self.capture is not None
         self.there = arrived.counts > 0
-        present = self.capture.present(arrived)
+        present = present_in(arrived.counts)
         shared_sq, own_sq = self._squares("jac", present)
         reached = self.capture.roles.reached_by(present)
         return Captured(shared_sq, own_sq, reached, present, self.capture.here)

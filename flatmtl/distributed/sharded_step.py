@@ -74,9 +74,7 @@ class ShardedCapture(RankedCapture):
             for k, grad in enumerate(grads):
                 if grad is not None:
                     roles.check_dense(k, grad)
-        reached = [
-            (t, k) for t, gs in self._held.items() for k, g in enumerate(gs) if g is not None
-        ]
+        reached = [(task, k) for task, grads in self._held.items() for k in hits(grads)]
         if roles.note_all(*agree_on_reach(self._ranks, roles.tasks, self._packed, reached)):
             roles.settle()
 

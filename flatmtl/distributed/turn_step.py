@@ -48,14 +48,6 @@ class TurnStep(OneRowStep):
         parts = (roles.shared, roles.own.get(self._task(roles)))
         return sum(block.size for block in parts if block is not None)
 
-    def present(self, roles: Roles) -> set[int]:
-        """The tasks that have a loss on some rank (known on the CPU only; elsewhere all).
-
-        Raises:
-            ValueError: there are none.
-        """
-        return self._present(roles)
-
     def reduce_turn(self, blocks: Sequence[Block], *, here: bool) -> list[Tensor]:
         """The blocks' ``update`` <- its sum over the ranks; ``here``: whether this one has a part in it.
 

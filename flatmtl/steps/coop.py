@@ -42,7 +42,7 @@ def coop(engine: Engine, strategy: CoopFlat, passes: Passes, scale: Tensor | Non
     assert turn is not None
     roles, task = turn.roles, turn.task
     if link is not None:
-        turn.present = task in link.present(roles)
+        turn.present = task in link.present()
     if scale is not None and not turn.present:
         raise ValueError(
             f"losses must hold that of task {roles.tasks[task]!r}, whose turn it is, with a GradScaler, "
