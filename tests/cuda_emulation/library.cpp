@@ -10,6 +10,7 @@
 #include "../../csrc/kernels/draw.cuh"
 #include "../../csrc/kernels/graddrop.cuh"
 #include "../../csrc/kernels/gram.cuh"
+#include "../../csrc/kernels/row_norms.cuh"
 #include "../../csrc/kernels/segments.cuh"
 #include "../solver_methods.h"
 
