@@ -47,35 +47,37 @@ def here() -> _mismatch.Here:
     return _mismatch.Here(str(torch.__version__), cuda, 0 if cuda is None else _driver())
 
 
-def _load(device: str) -> str:
+def _load(device: str, made: _mismatch.Build, found: _mismatch.Here) -> str:
     """Loads a device's library; returns what stands against it, or ""."""
-    facts = build(), here()
     path = LIBRARIES[device]
     if device == "cuda":
-        if torch.version.cuda is None:
+        if found.cuda is None:
             return "this torch has no CUDA"
         if not path.exists():
-            return _mismatch.not_built(*facts)
-        if refusal := _mismatch.old_driver(*facts):
+            return _mismatch.not_built(made, found)
+        if refusal := _mismatch.old_driver(made, found):
             return refusal
     elif not path.exists():
         return "not built"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return _mismatch.not_loaded(*facts, str(error))
+        # torch names the file; the linker's own words are the cause
+        return _mismatch.not_loaded(made, found, str(error.__cause__ or error))
     return ""
 
 
 def load() -> None:
     """Loads what was built. What is missing is said once, and the reference bodies do its work."""
+    made, found = build(), here()
     for device in LIBRARIES:
-        if why := _load(device):
+        if why := _load(device, made, found):
             missing[device] = why
-    said = [device for device in missing if device == "cpu" or here().driver]
+    # without a driver there are no CUDA tensors, and nothing to say of them
+    said = [device for device in missing if device == "cpu" or found.driver]
     if said:
-        reasons = "; ".join(f"{LIBRARIES[device].name}: {missing[device]}" for device in said)
         devices = " and ".join(device.upper() for device in said)
+        reasons = "; ".join(f"{LIBRARIES[device].name}: {missing[device]}" for device in said)
         warnings.warn(
             f"flatmtl runs on its reference operators, which are slower, on {devices} tensors. "
             f"{reasons} (`python -m flatmtl info` says more)",

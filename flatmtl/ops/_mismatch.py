@@ -18,8 +18,8 @@ DRIVERS = {12: "525", 13: "580"}
 class Build(NamedTuple):
     """What this flatmtl was built with."""
 
-    torch: str = "unknown"
-    compiler: str = "unknown"
+    torch: str = ""  # "": no compiler was there
+    compiler: str = ""
     cuda: str = ""  # the toolkit, as in "13.0"; "" if built without
     archs: str = ""  # as in "8.0;9.0+PTX"
 
@@ -42,6 +42,8 @@ def _major(text: str) -> int:
 
 
 def _this_build(build: Build) -> str:
+    if not build.torch:
+        return "installed without compiled parts"
     if not build.cuda:
         return f"built with torch {build.torch}, without CUDA"
     return f"built by CUDA {build.cuda} for {build.archs}, with torch {build.torch}"
@@ -127,4 +129,4 @@ def coverage(build: Build, here: Here, capability: tuple[int, int]) -> str:
     major, minor = map(int, build.cuda.split(".")[:2])
     if by.startswith("PTX") and here.driver < major * 1000 + minor * 10:
         return f"{by}, which needs a driver for CUDA {build.cuda}"
-    return f"code for {by}" if not by.startswith("PTX") else by
+    return by if by.startswith("PTX") else f"code for {by}"
