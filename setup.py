@@ -162,7 +162,9 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
             f"build {build}/stub/libtorch_cuda.so: stub {ROOT}/csrc/cuda/stub.c",
         ]
         facts = f"-DFLATMTL_BUILD_ARCHS='\"{archs}\"'"
-        objects = compile_all("cuda", "*.cu", "nvcc", f"{STABLE} -DUSE_CUDA {facts} {torch_include}")
+        objects = compile_all(
+            "cuda", "*.cu", "nvcc", f"{STABLE} -DUSE_CUDA {facts} {torch_include}"
+        )
         lines.append(
             f"build {out}/libflatmtl_cuda.so: link {objects} | {build}/stub/libtorch_cuda.so\n"
             f"  libs = {torch_link} -L{build}/stub -ltorch_cuda -Wl,--as-needed,--exclude-libs,ALL"

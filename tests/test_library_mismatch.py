@@ -35,7 +35,11 @@ NO_CUDA = Build("2.13.0+cpu", "12.2.0")
         (CU13, 14000, False),
         (CU13, 12090, True),
         (CU13, 11080, True),
-        (CU13._replace(cuda="13.2"), 13000, False),  # one driver for all toolkits of a major version
+        (
+            CU13._replace(cuda="13.2"),
+            13000,
+            False,
+        ),  # one driver for all toolkits of a major version
         (CU12, 12000, False),
         (CU12, 12080, False),
         (CU12, 13000, False),
@@ -221,7 +225,9 @@ def test_a_package_without_libraries_says_so_once(package):
     found = _imported(package, cuda="13.0", driver=12040)
     [said] = found["said"]
     assert "on CPU and CUDA tensors" in said
-    assert "torch for CUDA 13.0 and a driver for CUDA 12.4" in said.replace(torch.__version__ + " ", "")
+    assert "torch for CUDA 13.0 and a driver for CUDA 12.4" in said.replace(
+        torch.__version__ + " ", ""
+    )
     assert found["bodies"] == ["reference", "reference"]
 
 

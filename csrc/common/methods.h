@@ -132,13 +132,13 @@ struct Methods {
                                double lr, double momentum, int64_t steps, double lambda_) {
     return answer(
         Backend::solve(cross,
-                       SdmGrad{state_of("state", state, cross, 0), preferred(cross, preference), lr,
-                               momentum, steps, lambda_},
+                       SdmGrad{state_of("state", state, cross, 0, "cross"),
+                               preferred(cross, preference, "cross"), lr, momentum, steps, lambda_},
                        false));
   }
   static Answer solve_modo_(const Tensor& cross, const Tensor& state, double gamma, double rho) {
-    return answer(
-        Backend::solve(cross, MoDo{state_of("state", state, cross, 0), gamma, rho}, false));
+    return answer(Backend::solve(
+        cross, MoDo{state_of("state", state, cross, 0, "cross"), gamma, rho}, false));
   }
   static Tensor scale_weights(const Tensor& gram, const Tensor& weights, int64_t scaling,
                               double max_norm) {
@@ -189,16 +189,18 @@ struct Methods {
     return order;
   }
   // A preference [T] on gram's device, or null.
-  static const double* preferred(const Tensor& gram, const Optional& preference) {
-    const int64_t n = check_square("gram", gram);
+  static const double* preferred(const Tensor& gram, const Optional& preference,
+                                 const char* gram_name = "gram") {
+    const int64_t n = check_square(gram_name, gram);
     if (!preference) return nullptr;
-    check_small("preference", *preference, ScalarType::Double, "gram", gram, {n});
+    check_small("preference", *preference, ScalarType::Double, gram_name, gram, {n});
     return data<double>(*preference);
   }
   // A method's state, T + more numbers a problem.
-  static double* state_of(const char* name, const Tensor& state, const Tensor& gram, int64_t more) {
-    const int64_t n = check_square("gram", gram);
-    check_small(name, state, ScalarType::Double, "gram", gram, batch_shape(gram, {n + more}));
+  static double* state_of(const char* name, const Tensor& state, const Tensor& gram, int64_t more,
+                          const char* gram_name = "gram") {
+    const int64_t n = check_square(gram_name, gram);
+    check_small(name, state, ScalarType::Double, gram_name, gram, batch_shape(gram, {n + more}));
     return data<double>(state);
   }
 };

@@ -55,7 +55,9 @@ def _this_place(here: Here) -> str:
 
 
 def _source(major: int) -> str:
-    return f"install a flatmtl for CUDA {major}, or build it from source with a CUDA {major} toolkit"
+    return (
+        f"install a flatmtl for CUDA {major}, or build it from source with a CUDA {major} toolkit"
+    )
 
 
 def driver_floor(toolkit: str) -> str:

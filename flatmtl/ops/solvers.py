@@ -552,8 +552,8 @@ def solve_sdmgrad_(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 <= lambda_ < math.inf:
         raise ValueError(f"lambda_ must be finite and at least 0, got {lambda_}")
-    _check.state("state", state, square, square.shape[:-1])
-    vector = _check.preference("preference", preference, square)
+    _check.state("state", state, square, square.shape[:-1], "cross")
+    vector = _check.preference("preference", preference, square, "cross")
     return _call(
         _ops.solve_sdmgrad_.default,
         _check.double(square),
@@ -587,7 +587,7 @@ def solve_modo_(cross: Tensor, state: Tensor, gamma: float = 0.1, rho: float = 0
         raise ValueError(f"gamma must be finite and above 0, got {gamma}")
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho must be finite and at least 0, got {rho}")
-    _check.state("state", state, square, square.shape[:-1])
+    _check.state("state", state, square, square.shape[:-1], "cross")
     return _call(_ops.solve_modo_.default, _check.double(square), state, float(gamma), float(rho))
 
 
