@@ -72,6 +72,7 @@ def test_both_sides_are_named(text):
             "update the driver to one for CUDA 13.2, or build flatmtl with TORCH",
         ),
         (OLD_DRIVER, 90, 12040, "update the driver, or install a flatmtl for CUDA 12"),
+        (OLD_DRIVER, 90, 11080, "the driver supports CUDA 11.8: update the driver ("),
         (OLD_DRIVER, 0, 0, "no driver was found: update the driver ("),
     ],
 )

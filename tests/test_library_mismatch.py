@@ -64,6 +64,11 @@ def test_an_old_driver_is_named_beside_what_the_build_needs():
     )
 
 
+def test_no_flatmtl_is_for_drivers_older_than_any_toolkit():
+    text = _mismatch.old_driver(CU12, Here("2.10.0", "12.6", 11080))
+    assert text.endswith("a driver for CUDA 11.8: update the driver")
+
+
 @pytest.mark.parametrize(
     ("toolkit", "floor"),
     [

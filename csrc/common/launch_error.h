@@ -39,7 +39,7 @@ inline std::string mismatch_text(const Mismatch& found) {
   switch (found.code) {
     case kOldDriver:
       advice = "update the driver";
-      if (found.driver)
+      if (found.driver >= 12000)  // no toolkit that builds flatmtl is older
         advice += ", or install a flatmtl for CUDA " + std::to_string(found.driver / 1000);
       break;
     case kNewPtx:

@@ -54,7 +54,7 @@ def _this_place(here: Here) -> str:
     return f"torch {here.torch} for CUDA {here.cuda or 'none'} and {driver}"
 
 
-def _source(major: int) -> str:
+def _other(major: int) -> str:
     return (
         f"install a flatmtl for CUDA {major}, or build it from source with a CUDA {major} toolkit"
     )
@@ -71,10 +71,11 @@ def old_driver(build: Build, here: Here) -> str:
     """Why a library of this build must not be loaded: its launches would fail. "" if it may."""
     if not build.cuda or not here.driver or here.driver // 1000 >= _major(build.cuda):
         return ""
+    major = here.driver // 1000
+    other = f", or {_other(major)}" if major in DRIVERS else ""
     return (
         f"the driver is too old: it is {_this_build(build)}, which needs a driver for "
-        f"{driver_floor(build.cuda)}; here are {_this_place(here)}: update the driver, or "
-        f"{_source(here.driver // 1000)}"
+        f"{driver_floor(build.cuda)}; here are {_this_place(here)}: update the driver{other}"
     )
 
 
@@ -83,7 +84,7 @@ def not_built(build: Build, here: Here) -> str:
     assert here.cuda is not None
     return (
         f"not built: this flatmtl was {_this_build(build)}; here are {_this_place(here)}: "
-        f"{_source(_major(here.cuda))}"
+        f"{_other(_major(here.cuda))}"
     )
 
 
@@ -91,7 +92,7 @@ def not_loaded(build: Build, here: Here, error: str) -> str:
     """What is said of a library that the linker refuses, with the linker's own words."""
     advice = "build flatmtl from source with this torch"
     if here.cuda is not None and re.search(r"libcudart\.so\.\d+", error):
-        advice = _source(_major(here.cuda))
+        advice = _other(_major(here.cuda))
     return (
         f"cannot be loaded ({error}): it was {_this_build(build)}; here are "
         f"{_this_place(here)}: {advice}"
