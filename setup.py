@@ -18,6 +18,7 @@ Whether a GPU is there at build time plays no part.
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -89,6 +90,21 @@ def read_toolkit(nvcc: Path) -> Toolkit:
     raise RuntimeError(f"{nvcc} is there, but no libcudart_static.a in its toolkit {top}")
 
 
+def wanted_archs() -> str:
+    """TORCH_CUDA_ARCH_LIST, or the default; refused where the kernels cannot be compiled for it."""
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS
+    for entry in archs.replace(";", " ").split():
+        found = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", entry)
+        if found is None:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST must list numbers such as 9.0 or 9.0+PTX, got {entry}")
+        if int(found[1]) < 8:
+            sys.exit(
+                "TORCH_CUDA_ARCH_LIST must list architectures from 8.0 on, whose tensor cores take "
+                f"bfloat16, got {entry}"
+            )
+    return archs
+
+
 def gencode(archs: str) -> str:
     """nvcc's -gencode flags for a list like "8.0;9.0+PTX"."""
     flags = []
@@ -109,7 +125,7 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     torch_include = f"-isystem {torch_dir}/include"
     torch_link = f"-L{torch_dir}/lib -Wl,--no-as-needed -ltorch_cpu"
     cuda = wanted_toolkit()
-    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS) if cuda else ""
+    archs = wanted_archs() if cuda else ""
     info = {"TORCH": torch.__version__, "CUDA": cuda.version if cuda else "", "ARCHS": archs}
     defines = " ".join(f"-DFLATMTL_BUILD_{k}='\"{v}\"'" for k, v in info.items())
     python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
@@ -145,7 +161,10 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
             f"rule stub\n  command = {cxx} -x c -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out",
             f"build {build}/stub/libtorch_cuda.so: stub {ROOT}/csrc/cuda/stub.c",
         ]
-        objects = compile_all("cuda", "*.cu", "nvcc", f"{STABLE} -DUSE_CUDA {torch_include}")
+        facts = f"-DFLATMTL_BUILD_ARCHS='\"{archs}\"'"
+        objects = compile_all(
+            "cuda", "*.cu", "nvcc", f"{STABLE} -DUSE_CUDA {facts} {torch_include}"
+        )
         lines.append(
             f"build {out}/libflatmtl_cuda.so: link {objects} | {build}/stub/libtorch_cuda.so\n"
             f"  libs = {torch_link} -L{build}/stub -ltorch_cuda -Wl,--as-needed,--exclude-libs,ALL"
