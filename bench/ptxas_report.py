@@ -7,7 +7,8 @@ Reads what the build left there: ptxas' own words (-Xptxas -v) in *.log, and the
 Ends with status 1 if a kernel spills or has a stack frame, or if a kernel that reads rows has no global load
 of 16 bytes (8 in four that have no registers for more) inside a loop. No GPU is needed. The loads are
 read from SASS, which takes cuobjdump of a CUDA toolkit (on the PATH, in
-$CUDA_HOME/bin, or from PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm); without it that part is skipped, and says so.
+$CUDA_HOME/bin, or from PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm); without it that part is
+skipped, and says so.
 """
 
 from __future__ import annotations

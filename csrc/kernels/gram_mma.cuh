@@ -103,20 +103,18 @@ struct LaneRows {
 
   // Rows and columns that are not there are zero.
   __device__ void load(Pack<T, N> (&x)[kBlocks], int64_t first, int lane) const {
-    const int row = lane / kMmaLanes;
-    const int64_t column = first + lane % kMmaLanes * N;
-    const T* address = rows.row(row);
-    const int64_t block = 8 * rows.stride;
+    const int64_t column = first + lane % kMmaLanes * N, block = 8 * rows.stride;
+    const T* address =
+        rows.row(lane / kMmaLanes);  // moves on: eight addresses would cost registers
+    int left = tasks - lane / kMmaLanes;
     if (rows.aligned && first + kMmaLanes * N <= columns) {
 #pragma unroll
-      for (int r = 0; r < kBlocks; ++r)
-        x[r] = row + 8 * r < tasks ? load_pack_stream<T, N>(address + r * block + column)
-                                   : zero_pack<T, N>();
+      for (int r = 0; r < kBlocks; ++r, address += block, left -= 8)
+        x[r] = left > 0 ? load_pack_stream<T, N>(address + column) : zero_pack<T, N>();
     } else {
 #pragma unroll
-      for (int r = 0; r < kBlocks; ++r)
-        x[r] = row + 8 * r < tasks ? load_guarded<T, N>(address + r * block, column, columns)
-                                   : zero_pack<T, N>();
+      for (int r = 0; r < kBlocks; ++r, address += block, left -= 8)
+        x[r] = left > 0 ? load_guarded<T, N>(address, column, columns) : zero_pack<T, N>();
     }
   }
 };
