@@ -1,6 +1,6 @@
 """Who runs against whom: every op of flatmtl beside plain torch, with the bytes it has to move.
 
-The CPU benchmarks (``test_ops.py``) and the GPU ones (``gpu.py``) both take their entrants from here.
+The CPU benchmarks (``test_ops.py``) and the GPU ones (``gpu/``) both take their entrants from here.
 """
 
 from __future__ import annotations
