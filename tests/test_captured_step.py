@@ -11,7 +11,7 @@ from methods import make
 from tape import taped
 from torch import Tensor, nn
 
-from flatmtl import SAM, SAMO, MultiTaskOptimizer
+from flatmtl import MAML, SAM, SAMO, MultiTaskOptimizer
 from flatmtl.losses import loss_vector
 from flatmtl.solves import Observed
 from flatmtl.weighting import GradVac, PCGrad, by_name, methods
@@ -46,6 +46,7 @@ OPTIONS = {
     "history": {"sharpness": SAM(0.05), "history": 8},
     "bf16 rows": {"sharpness": SAM(0.05), "row_dtype": torch.bfloat16},
     "mask": {"sharpness": SAM(0.05), "nonfinite": "mask"},
+    "maml": {"sharpness": MAML(inner_lr=0.05)},
     "by layer": {"sharpness": SAM(0.05), "weights_per": "layer"},
 }
 
