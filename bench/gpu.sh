@@ -7,16 +7,16 @@
 #   LIMIT=300 bench/gpu.sh PART                 one, with so many seconds
 #   bench/gpu.sh PART|all --device cpu --quick  no GPU: all but the CUDA calls
 #
-# Needs a torch built for CUDA, nvcc and compute-sanitizer on the PATH, and in the environment what
-# --no-build-isolation needs: setuptools, ninja, pybind11; numpy and pytest. torchjd is compared with
-# where it is installed. docs/gpu.md says what the parts do and how to read the table.
+# Needs a torch built for CUDA, nvcc and compute-sanitizer on the PATH, and in the environment of PYTHON
+# setuptools, ninja, pybind11, numpy and pytest. torchjd is compared with where it is installed. Nothing
+# is installed. docs/gpu.md says what the parts do and how to read the table.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 PARTS="build test sanitize ceiling kernels solvers aggregate steps variants table"
 # seconds, together less than 10 minutes
-declare -A LIMITS=([build]=115 [test]=100 [sanitize]=60 [ceiling]=20 [kernels]=120 [solvers]=40
-  [aggregate]=40 [steps]=55 [variants]=20 [table]=15)
+declare -A LIMITS=([build]=115 [test]=95 [sanitize]=70 [ceiling]=20 [kernels]=115 [solvers]=40
+  [aggregate]=40 [steps]=55 [variants]=20 [table]=10)
 STARTING=12 # seconds of a limit that importing torch and ending in order may take
 
 build() {
@@ -24,7 +24,7 @@ build() {
   own=$(nvidia-smi --id=0 --query-gpu=compute_cap --format=csv,noheader)
   # this device alone: four architectures take four times as long
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$own} FLATMTL_CUDA=1 \
-    "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
+    "$PYTHON" setup.py -q build_ext --inplace
   "$PYTHON" - <<'PY'
 import torch
 from flatmtl.ops import OPERATORS, _library
@@ -37,8 +37,8 @@ PY
 
 # A process a file, several at once; a file whose imports are missing here fails by itself.
 run_tests() {
-  grep -lwE "gpu|device|body|DEVICES|BODIES" tests/test_*.py |
-    PYTHON=$PYTHON xargs -P 8 -I{} bash -c '
+  grep -lE 'mark\.gpu|def test\w*\(.*\b(body|device)\b' tests/test_*.py |
+    PYTHON=$PYTHON xargs -P 12 -I{} bash -c '
       code=0
       log=$("$PYTHON" -m pytest "$1" -m gpu -q -p no:cacheprovider --tb=short 2>&1) || code=$?
       ((code != 5)) || exit 0 # none of its tests is marked
@@ -59,7 +59,7 @@ sanitize() {
   declare -A jobs
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      --kernel-name kns=flatmtl "$PYTHON" -m bench.sanitize --seconds "$((INSIDE - 20))" \
+      --kernel-name kns=flatmtl "$PYTHON" -m bench.sanitize --seconds "$((INSIDE - 35))" \
       >"$folder/$tool" 2>&1 &
     jobs[$tool]=$!
   done
@@ -96,7 +96,7 @@ run() {
 part() {
   local limit=${LIMIT:-${LIMITS[$1]}} begin=$SECONDS code=0
   echo "== $1, at most $limit s"
-  INSIDE=$limit timeout -k 10 "$limit" bench/gpu.sh "$@" || code=$?
+  INSIDE=$limit timeout -k 10 "$limit" bash bench/gpu.sh "$@" || code=$?
   ((code != 124)) || echo "$1 was stopped after $limit s"
   echo "== $1: status $code after $((SECONDS - begin)) s"
   return "$code"

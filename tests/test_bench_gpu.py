@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -255,8 +257,38 @@ def test_a_part_that_takes_too_long_is_stopped():
 def test_all_parts_together_take_less_than_ten_minutes():
     text = (ROOT / "bench" / "gpu.sh").read_text()
     limits = text.split("LIMITS=(")[1].split(")")[0]
-    seconds = [int(pair.split("=")[1]) for pair in limits.split()]
-    assert len(seconds) == 10 and sum(seconds) <= 590
+    pairs = [pair.split("=") for pair in limits.split()]
+    assert len(pairs) == 10 and sum(int(seconds) for _, seconds in pairs) <= 590
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for name, seconds in pairs:
+        assert f"| `{name[1:-1]}` | {seconds} |" in page
+
+
+OPTIONAL = {"quadprog", "scipy", "hypothesis", "torchjd", "matplotlib", "pandas", "sklearn", "rich"}
+
+
+def imported(path: Path, seen: set[Path]) -> set[str]:
+    """What importing a module of tests/ imports, with the other modules of tests/ that it does."""
+    seen.add(path)
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    for name in list(found):
+        other = path.parent / f"{name}.py"
+        if other.exists() and other not in seen:
+            found |= imported(other, seen)
+    return found
+
+
+def test_tests_for_the_gpu_can_be_collected_where_little_is_installed():
+    command = (ROOT / "bench" / "gpu.sh").read_text().split("grep -lE '")[1].split("'")[0]
+    files = [p for p in (ROOT / "tests").glob("test_*.py") if re.search(command, p.read_text())]
+    assert len(files) > 25
+    for path in files:
+        assert not imported(path, set()) & OPTIONAL, path.name
 
 
 def test_sanitizing_ends_in_time_and_says_how_far_it_came(monkeypatch, capsys):

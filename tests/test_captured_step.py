@@ -46,7 +46,7 @@ OPTIONS = {
     "history": {"sharpness": SAM(0.05), "history": 8},
     "bf16 rows": {"sharpness": SAM(0.05), "row_dtype": torch.bfloat16},
     "mask": {"sharpness": SAM(0.05), "nonfinite": "mask"},
-    "maml": {"sharpness": MAML(inner_lr=0.05)},
+    "maml": {"sharpness": MAML(lr=0.05)},
     "by layer": {"sharpness": SAM(0.05), "weights_per": "layer"},
 }
 

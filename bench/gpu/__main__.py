@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from bench import race
-from bench.gpu import aggregate, ceiling, kernels, solvers, steps, store, table
+from bench.gpu import aggregate, ceiling, kernels, machine, solvers, steps, store, table
 from bench.gpu.bench import Bench
 
 PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {  # name -> its code and seconds
@@ -61,6 +61,7 @@ def main(words: list[str] | None = None) -> None:
         turn=QUICK_TURN if quick else TURN,
     )
     run(bench)
+    bench.part.note(clocks_after=machine.clocks(given.device))
     bench.part.save()
     print(f"wrote {path}")
 

@@ -34,7 +34,7 @@ class Part:
     def __init__(self, name: str, device: str, path: Path) -> None:
         self.records: list[Record] = []
         self.missing: list[str] = []
-        self._name, self._device, self._path = name, device, path
+        self._name, self._path = name, path
         self._about: Record = {
             "machine": machine.describe(device),
             "clocks_before": machine.clocks(device),
@@ -49,7 +49,6 @@ class Part:
         results = load(self._path)
         results[self._name] = {
             **self._about,
-            "clocks_after": machine.clocks(self._device),
             "records": self.records,
             "missing": self.missing,
         }
