@@ -6,6 +6,7 @@ SHELL := /bin/bash
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= $(shell nproc)
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 # Quiet, and no prompts; installs are idempotent and fast when nothing changed.
@@ -19,7 +20,7 @@ help:
 	@echo "make bench-quick the same on small sizes, in about a minute; writes nothing"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make cuda-check  compile the CUDA library for every architecture; fails on a spill"
-	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto"
+	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto, WORKERS ($(WORKERS)) of make test"
 
 $(VENV)/.torch: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -38,7 +39,7 @@ demo: install
 
 test: install
 	$(PIP) -e ".[test,demo]" --no-build-isolation
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 bench: install
 	$(PIP) -e ".[bench,peers]" --no-build-isolation
