@@ -27,32 +27,32 @@ $(VENV)/.torch: pyproject.toml
 	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
 	touch $@
 
-# The build is incremental (ninja); an editable install, so that sources and package are one.
+# The build is incremental (ninja); an editable install, so that sources and package are one. A target
+# says which extras it needs; EXTRAS on the command line goes before that.
 install: $(VENV)/.torch
-	$(PIP) --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation -e ".$(EXTRAS)"
 
 # The demo trains on the CPU; leaving CUDA out saves minutes of compilation.
 demo: export FLATMTL_CUDA ?= 0
+demo: EXTRAS = [demo]
 demo: install
-	$(PIP) -e ".[demo]" --no-build-isolation
 	$(RUN) -m flatmtl demo $(DEMO)
 
+test: EXTRAS = [test,demo]
 test: install
-	$(PIP) -e ".[test,demo]" --no-build-isolation
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
+bench bench-quick: EXTRAS = [bench,peers]
 bench: install
-	$(PIP) -e ".[bench,peers]" --no-build-isolation
 	mkdir -p bench/results
 	$(RUN) -m pytest bench -q -p no:cacheprovider --benchmark-json=bench/results/cpu.json $(BENCH)
 	$(RUN) -m bench.report
 
 bench-quick: install
-	$(PIP) -e ".[bench,peers]" --no-build-isolation
 	$(RUN) -m pytest bench --quick -q -p no:cacheprovider
 
+lint: EXTRAS = [lint,demo]
 lint: install
-	$(PIP) -e ".[lint,demo]" --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) -m mypy
