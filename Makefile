@@ -6,6 +6,7 @@ SHELL := /bin/bash
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= $(shell nproc)
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 # Quiet, and no prompts; installs are idempotent and fast when nothing changed.
@@ -19,39 +20,39 @@ help:
 	@echo "make bench-quick the same on small sizes, in about a minute; writes nothing"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make cuda-check  compile the CUDA library for every architecture; fails on a spill"
-	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto"
+	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto, WORKERS ($(WORKERS)) of make test"
 
 $(VENV)/.torch: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja pybind11 numpy
 	touch $@
 
-# The build is incremental (ninja); an editable install, so that sources and package are one.
+# The build is incremental (ninja); an editable install, so that sources and package are one. A target
+# says which extras it needs; EXTRAS on the command line goes before that.
 install: $(VENV)/.torch
-	$(PIP) --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation -e ".$(EXTRAS)"
 
 # The demo trains on the CPU; leaving CUDA out saves minutes of compilation.
 demo: export FLATMTL_CUDA ?= 0
+demo: EXTRAS = [demo]
 demo: install
-	$(PIP) -e ".[demo]" --no-build-isolation
 	$(RUN) -m flatmtl demo $(DEMO)
 
+test: EXTRAS = [test,demo]
 test: install
-	$(PIP) -e ".[test,demo]" --no-build-isolation
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
+bench bench-quick: EXTRAS = [bench,peers]
 bench: install
-	$(PIP) -e ".[bench,peers]" --no-build-isolation
 	mkdir -p bench/results
 	$(RUN) -m pytest bench -q -p no:cacheprovider --benchmark-json=bench/results/cpu.json $(BENCH)
 	$(RUN) -m bench.report
 
 bench-quick: install
-	$(PIP) -e ".[bench,peers]" --no-build-isolation
 	$(RUN) -m pytest bench --quick -q -p no:cacheprovider
 
+lint: EXTRAS = [lint,demo]
 lint: install
-	$(PIP) -e ".[lint,demo]" --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) -m mypy

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import oracles` from every te
 from ranks import ranks  # noqa: E402, F401  one pool of each size for all test modules
 
 SEED = int(os.environ.get("FLATMTL_TEST_SEED") or 0) or int.from_bytes(os.urandom(4), "little")
+os.environ["FLATMTL_TEST_SEED"] = str(SEED)  # pytest-xdist's workers start from this process
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BODIES = ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

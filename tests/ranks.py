@@ -40,6 +40,8 @@ COLLECTIVE_SECONDS = 30.0  # after which gloo gives a collective up
 CHECK_SECONDS = 10.0  # for the group to show that it works after a failure
 GRACE_SECONDS = 5.0  # for the others to answer once a process has died
 STACK_SECONDS = 0.2  # for a hanging process to print where it is
+# What a process would take seconds to import, each time that a pool starts.
+PRELOADED = ["flatmtl", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 
 Failure = tuple[str, str, str]  # type name, message, traceback
 
@@ -133,7 +135,8 @@ class Pool:
             "GLOO_SOCKET_IFNAME": "lo",
             **self._environment,
         }
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         for rank in range(self.world_size):
             here, there = context.Pipe()
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
