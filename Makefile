@@ -4,6 +4,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 TORCH ?= torch==2.13.0
+# What a wheel is tried with: the oldest and the newest. Where pip's index has no CPU build of them the
+# CUDA build comes, which takes 7 GB each and works without a GPU.
+SMOKE ?= torch==2.10.0 torch==2.15.0
+CUDA ?= 13.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +15,7 @@ RUN := $(BIN)/python
 # Quiet, and no prompts; installs are idempotent and fast when nothing changed.
 PIP := $(RUN) -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo test bench bench-quick lint cuda-check install clean
+.PHONY: help demo test bench bench-quick lint cuda-check install wheel wheel-check sdist clean
 help:
 	@echo "make demo        train FS-MTL on real images beside the plain method (about 6 minutes)"
 	@echo "make test        build and run the tests"
@@ -19,7 +23,11 @@ help:
 	@echo "make bench-quick the same on small sizes, in about a minute; writes nothing"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make cuda-check  compile the CUDA library for every architecture; fails on a spill"
-	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto"
+	@echo "make wheel       dist/*.whl for CUDA=13.0 (or 13.2; 12.8 and 12.6 by clang-19), audited and tried"
+	@echo "make wheel-check the same of what is compiled already: packs, audits, tries; in build/check/"
+	@echo "make sdist       dist/*.tar.gz, installed and tried without nvcc"
+	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto; CUDA ($(CUDA)),"
+	@echo "           SMOKE, the torches that wheels are tried with ($(SMOKE))"
 
 $(VENV)/.torch: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -62,6 +70,15 @@ cuda-check: export FLATMTL_CUDA = 1
 cuda-check: install
 	$(PIP) --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(RUN) bench/ptxas_report.py build/native-*/cuda | tail -n 4
+
+wheel: $(VENV)/.torch
+	BIN=$(BIN) SMOKE="$(SMOKE)" .ci/wheel $(CUDA)
+
+wheel-check: install
+	BIN=$(BIN) SMOKE="$(TORCH)" .ci/wheel built
+
+sdist: $(VENV)/.torch
+	BIN=$(BIN) SMOKE="$(TORCH)" .ci/sdist
 
 clean:
 	rm -rf build dist *.egg-info flatmtl/*.so

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -66,8 +65,15 @@ def link(place: Path, target: Path) -> None:
     place.symlink_to(target)
 
 
-def lay_out(packages: Path, root: Path, release: str) -> None:
+def packages_in(folder: Path) -> Path:
+    """Where NVIDIA's packages lie in an environment, whatever its Python."""
+    (packages,) = folder.glob("lib/python*/site-packages/nvidia")
+    return packages
+
+
+def lay_out(folder: Path, release: str) -> None:
     """Makes a CUDA root that clang accepts of the folders of the CUDA 12 packages."""
+    packages, root = packages_in(folder), folder / "root"
     for package in ("cuda_cccl", "curand", "cuda_nvcc", "cuda_runtime"):
         for header in (packages / package / "include").iterdir():
             if not header.name.startswith("__"):
@@ -90,18 +96,16 @@ def main(cuda: str, folder: Path) -> None:
     """Installs the toolkit `cuda` in `folder`, once, and prints its root."""
     folder = folder.resolve()
     wanted = packages_of(cuda)
-    complete = folder / "complete"
-    packages = Path(sysconfig.get_path("platlib", vars={"platbase": str(folder)})) / "nvidia"
     clang = cuda.startswith("12.")
-    root = folder / "root" if clang else packages / "cu13"
+    complete = folder / "complete"
     if not complete.exists():
         venv.create(folder, with_pip=True, clear=True)
         pip(folder, *wanted)
         if clang:
             pip(folder, "--no-deps", PACKER)
-            lay_out(packages, root, RELEASES[cuda])
+            lay_out(folder, RELEASES[cuda])
         complete.touch()
-    print(root)
+    print(folder / "root" if clang else packages_in(folder) / "cu13")
 
 
 if __name__ == "__main__":
