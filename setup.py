@@ -102,7 +102,7 @@ def nvcc_toolkit(nvcc: Path) -> Toolkit:
     for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
         libraries = (Path(top) / folder).resolve()
         if (libraries / "libcudart_static.a").exists():
-            archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS
+            archs = wanted_archs(ARCHS)
             compiler = (
                 f"{nvcc} -ccbin {HOST} -Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"
                 f" -Xptxas -v --compress-mode=size {gencode(archs)}"
@@ -120,7 +120,7 @@ def clang_toolkit(clang: str, home: Path) -> Toolkit:
     if not about.exists():
         sys.exit(f"FLATMTL_CUDA_CLANG needs a CUDA toolkit in CUDA_HOME: there is no {about}")
     version = ".".join(json.loads(about.read_text())["cuda"]["version"].split(".")[:2])
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CLANG_ARCHS
+    archs = wanted_archs(CLANG_ARCHS)
     compiler = (
         f"{clang} -x cuda --cuda-path={home} -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
         f" -Wno-unknown-cuda-version -Xcuda-ptxas -v {clang_archs(archs)}"
@@ -137,6 +137,21 @@ def clang_archs(archs: str) -> str:
         if entry.endswith("+PTX"):
             flags.append(f"--cuda-include-ptx={arch}")
     return " ".join(flags)
+
+
+def wanted_archs(default: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, or the default; refused where the kernels cannot be compiled for it."""
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    for entry in archs.replace(";", " ").split():
+        found = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", entry)
+        if found is None:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST must list numbers such as 9.0 or 9.0+PTX, got {entry}")
+        if int(found[1]) < 8:
+            sys.exit(
+                "TORCH_CUDA_ARCH_LIST must list architectures from 8.0 on, whose tensor cores take "
+                f"bfloat16, got {entry}"
+            )
+    return archs
 
 
 def gencode(archs: str) -> str:
@@ -159,11 +174,8 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     torch_include = f"-isystem {torch_dir}/include"
     torch_link = f"-L{torch_dir}/lib -Wl,--no-as-needed -ltorch_cpu"
     cuda = wanted_toolkit()
-    info = {
-        "TORCH": torch.__version__,
-        "CUDA": cuda.version if cuda else "",
-        "ARCHS": cuda.archs if cuda else "",
-    }
+    archs = cuda.archs if cuda else ""
+    info = {"TORCH": torch.__version__, "CUDA": cuda.version if cuda else "", "ARCHS": archs}
     defines = " ".join(f"-DFLATMTL_BUILD_{k}='\"{v}\"'" for k, v in info.items())
     python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
     cxx = " ".join(CXX)
@@ -196,7 +208,10 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
             f"rule stub\n  command = {cxx} -x c -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out",
             f"build {build}/stub/libtorch_cuda.so: stub {ROOT}/csrc/cuda/stub.c",
         ]
-        objects = compile_all("cuda", "*.cu", "cuda", f"{STABLE} -DUSE_CUDA {torch_include}")
+        facts = f"-DFLATMTL_BUILD_ARCHS='\"{archs}\"'"
+        objects = compile_all(
+            "cuda", "*.cu", "cuda", f"{STABLE} -DUSE_CUDA {facts} {torch_include}"
+        )
         lines.append(
             f"build {out}/libflatmtl_cuda.so: link {objects} | {build}/stub/libtorch_cuda.so\n"
             f"  libs = {torch_link} -L{build}/stub -ltorch_cuda -Wl,--as-needed,--exclude-libs,ALL"

@@ -105,7 +105,11 @@ def main(cuda: str, folder: Path) -> None:
             pip(folder, "--no-deps", PACKER)
             lay_out(folder, RELEASES[cuda])
         complete.touch()
-    print(folder / "root" if clang else packages_in(folder) / "cu13")
+    root = folder / "root" if clang else packages_in(folder) / "cu13"
+    compiler = root / "bin" / ("ptxas" if clang else "nvcc")
+    if not compiler.exists():  # a build would look for another one on the PATH
+        sys.exit(f"{compiler} is not in the packages")
+    print(root)
 
 
 if __name__ == "__main__":

@@ -10,49 +10,47 @@ from collections.abc import Sequence
 import torch
 
 import flatmtl
-from flatmtl.ops import OPERATORS, _library
+from flatmtl.ops import OPERATORS, _library, _mismatch
 from flatmtl.weighting import methods as all_methods
 
 
-def _build_info() -> dict[str, str]:
-    try:
-        from flatmtl import _core
-    except ImportError:
-        return {}
-    return dict(_core.build_info())
+def _toolkit(build: _mismatch.Build) -> str:
+    if not build.cuda:
+        return "not built"
+    return f"{build.cuda} (needs a driver for {_mismatch.driver_floor(build.cuda)})"
 
 
-def _driver() -> str:
-    if torch.version.cuda is None:
+def _driver(here: _mismatch.Here) -> str:
+    if here.cuda is None:
         return "none (this torch has no CUDA)"
-    try:
-        number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
-    except RuntimeError as error:
-        return f"none ({error})"
-    return f"supports CUDA {number // 1000}.{number % 1000 // 10}" if number else "none"
+    return f"supports CUDA {_mismatch.version(here.driver)}" if here.driver else "none"
 
 
-def _devices() -> str:
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(names) if names else "none"
+def _devices(build: _mismatch.Build, here: _mismatch.Here) -> list[str]:
+    """Each device's name and capability, and whether the build has code for it."""
+    found = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        covered = _mismatch.coverage(build, here, (major, minor))
+        found.append(f"{torch.cuda.get_device_name(i)} (capability {major}.{minor}: {covered})")
+    return found or ["none"]
 
 
 def info() -> int:
     """Prints versions, the build, devices, and which body every operator uses."""
-    build = _build_info()
-    cuda = build.get("cuda") or "not built"
+    build, here = _library.build(), _library.here()
     rows = [
         ("flatmtl", flatmtl.__version__),
         ("python", f"{platform.python_version()} ({platform.machine()})"),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
         (
             "built with",
-            f"torch {build['torch']}, compiler {build['compiler']}" if build else "nothing",
+            f"torch {build.torch}, compiler {build.compiler}" if build.torch else "nothing",
         ),
-        ("CUDA toolkit of the build", cuda),
-        ("CUDA architectures", build.get("cuda_archs") or "none"),
-        ("CUDA driver", _driver()),
-        ("CUDA devices", _devices()),
+        ("CUDA toolkit of the build", _toolkit(build)),
+        ("CUDA architectures", build.archs or "none"),
+        ("CUDA driver", _driver(here)),
+        *[("CUDA device", text) for text in _devices(build, here)],
         ("CPU threads", str(torch.get_num_threads())),
         ("CPU instruction set", _library.cpu_isa() or "none (reference operators)"),
     ]

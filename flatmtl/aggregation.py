@@ -15,11 +15,11 @@ from flatmtl.weighting._rows import RowMethod
 def weights_of(jac: Tensor, weighting: Weighting, losses: Tensor | None) -> Tensor:
     """jac [T, P], losses [T] -> the weighting's float64 [T]."""
     if isinstance(weighting, LossWeighting):
-        return weighting(_given(losses, weighting))
+        return weighting(_given(losses, weighting, jac))
     norms_do = weighting.diagonal_only
     gram = ops.row_norms(jac).square().diag() if norms_do else ops.gram(jac)
     if isinstance(weighting, WithLosses):
-        return weighting(gram, _given(losses, weighting))
+        return weighting(gram, _given(losses, weighting, jac))
     return weighting(gram)
 
 
@@ -56,14 +56,15 @@ def aggregate(
     out = ops._out_row(out, jac)
     seen = None
     if "losses" in weighting.needs:
-        seen = _given(losses, weighting).detach().to(torch.float64)
+        seen = _given(losses, weighting, jac).detach().to(torch.float64)
         _check.shape("losses", seen, jac.shape[0])
     weighting.aggregate(jac, out, losses=seen)
     weighting._made(None)
     return out
 
 
-def _given(losses: Tensor | None, weighting: Weighting) -> Tensor:
+def _given(losses: Tensor | None, weighting: Weighting, jac: Tensor) -> Tensor:
     if losses is None:
         raise ValueError(f"losses must be given with {type(weighting).__name__}, got None")
-    return _check.tensor("losses", losses)
+    _check.like("losses", _check.tensor("losses", losses), "jac", jac, dtype=False)
+    return losses

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from op_arguments import SIZE, TASKS, arguments, call_public, copied, tensors
 
-from flatmtl import ops
+from flatmtl import MultiTaskOptimizer, aggregate, ops, weighting
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 JAC = torch.randn(TASKS, SIZE)
@@ -282,12 +284,114 @@ def test_output_beside_the_input_is_no_overlap():
     ops.project(buffer[1:], torch.ones(1, 3, dtype=DOUBLE), buffer[:1])
 
 
+# Every operand of every operator that has another beside it: (operator, argument, entry of a list).
+OPERANDS = [
+    (name, k, entry)
+    for name, args in arguments().items()
+    if len(tensors(list(args))) > 1
+    for k, value in enumerate(args)
+    for entry in (range(len(value)) if isinstance(value, list) else [None])
+    if tensors(value if entry is None else value[entry])
+]
+each_operand = pytest.mark.parametrize("name, k, entry", OPERANDS)
+
+
+def elsewhere(name: str, k: int, entry: int | None, device: str, other: str) -> tuple:
+    """The operator's arguments on ``device``, one of them on ``other``."""
+    args = list(copied(arguments(device=device)[name]))
+    if entry is None:
+        args[k] = args[k].to(other)
+    else:
+        args[k][entry] = args[k][entry].to(other)
+    return tuple(args)
+
+
+def argument_names(name: str) -> list[str]:
+    return [a.name for a in getattr(torch.ops.flatmtl, name).default._schema.arguments]
+
+
+def check_both_sides(message: str, names: list[str], devices: set[str]) -> None:
+    """The message names two of the operator's arguments, and the device of each."""
+    found = re.search(
+        r"([\w\[\]]+) must be on the device of ([\w\[\]]+) \((.+?)\), got (.+)", message
+    )
+    assert found is not None, message
+    first, second, *got = found.groups()
+    assert first != second
+    assert {first.split("[")[0], second.split("[")[0]} <= set(names), message
+    assert {place.strip() for place in got} == devices, message
+
+
+@each_operand
+def test_an_operand_on_another_device(name, k, entry):
+    with pytest.raises(ValueError) as caught:
+        call_public(name, elsewhere(name, k, entry, "cpu", "meta"))
+    check_both_sides(str(caught.value), argument_names(name), {"cpu", "meta"})
+
+
+@each_operand
+def test_an_operand_on_another_device_for_the_op_itself(name, k, entry):
+    """As the optimizer calls it, past the wrappers. (The CPU's body: torch would take meta's.)"""
+    body = getattr(torch.ops.flatmtl, name).default
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises(RuntimeError) as caught:
+        body.redispatch(key, *elsewhere(name, k, entry, "cpu", "meta"))
+    check_both_sides(str(caught.value).splitlines()[0], argument_names(name), {"cpu", "meta"})
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "name", ["combine", "combine_flat", "gram_difference", "gram_pair", "pack_row_"]
-)
-def test_mixed_devices(name):
-    args = list(copied(arguments(device="cuda")[name]))
-    args[0] = args[0].cpu()
-    with pytest.raises((ValueError, TypeError), match="device"):
-        call_public(name, tuple(args))
+@each_operand
+def test_an_operand_on_the_cpu_beside_cuda(name, k, entry):
+    args = elsewhere(name, k, entry, "cuda:0", "cpu")
+    with pytest.raises(ValueError) as caught:
+        call_public(name, args)
+    check_both_sides(str(caught.value), argument_names(name), {"cpu", "cuda:0"})
+    with pytest.raises(RuntimeError) as caught:
+        getattr(torch.ops.flatmtl, name).default(*args)
+    check_both_sides(str(caught.value).splitlines()[0], argument_names(name), {"cpu", "cuda:0"})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@each_operand
+def test_an_operand_on_another_cuda_device(name, k, entry):
+    args = elsewhere(name, k, entry, "cuda:0", "cuda:1")
+    with pytest.raises(ValueError) as caught:
+        call_public(name, args)
+    check_both_sides(str(caught.value), argument_names(name), {"cuda:0", "cuda:1"})
+    with pytest.raises(RuntimeError) as caught:
+        getattr(torch.ops.flatmtl, name).default(*args)
+    check_both_sides(str(caught.value).splitlines()[0], argument_names(name), {"cuda:0", "cuda:1"})
+
+
+LOSSES = torch.ones(TASKS)
+ELSEWHERE = {
+    "losses of a loss method": (
+        lambda: aggregate(JAC, weighting.DWA(), losses=LOSSES.to("meta")), "losses", "jac"),
+    "losses beside a Gram matrix": (
+        lambda: aggregate(JAC, weighting.IMTL(tasks=TASKS), losses=LOSSES.to("meta")), "losses", "jac"),
+    "losses beside rows": (
+        lambda: aggregate(JAC, weighting.DBMTL(), losses=LOSSES.to("meta")), "losses", "jac"),
+    "out": (lambda: aggregate(JAC, weighting.Mean(), META[0]), "out", "jac"),
+    "losses of a call": (
+        lambda: weighting.IMTL(tasks=TASKS)(GRAM, LOSSES.to("meta")), "losses", "gram"),
+    "there": (
+        lambda: weighting.DWA()(LOSSES, torch.ones(TASKS, dtype=torch.bool, device="meta")),
+        "there", "losses"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_a_weighting_given_two_devices(case):
+    call, first, second = ELSEWHERE[case]
+    with pytest.raises(
+        ValueError, match=rf"^{first} must be on the device of {second} \(cpu\), got meta"
+    ):
+        call()
+
+
+def test_parameters_on_two_devices():
+    params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, device="meta"))]
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(params, lr=0.1), weighting=weighting.Mean())
+    with pytest.raises(ValueError, match=r"on cpu, .* on meta"):
+        optimizer.step(lambda: [p.sum() for p in params for _ in range(2)])

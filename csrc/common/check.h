@@ -3,6 +3,7 @@
 // must not touch. Every message names the argument, what it must be, and what came.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -40,11 +41,27 @@ inline const char* type_name(ScalarType type) {
   }
 }
 
+inline int32_t device_type(const Tensor& t) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type;
+}
+
+// As torch prints it: "cpu", "cuda:1".
+inline std::string device_name(const Tensor& t) {
+  const int32_t type = device_type(t);
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  if (type == aoti_torch_device_type_meta()) return "meta";
+  const std::string kind = type == aoti_torch_device_type_cuda() ? "cuda" : "another kind";
+  return kind + ":" + std::to_string(t.get_device_index());
+}
+
 inline void check_device(const char* name, const Tensor& t, const char* other_name,
                          const Tensor& other) {
   STD_TORCH_CHECK(
-      t.get_device_index() == other.get_device_index() && t.is_cuda() == other.is_cuda(), name,
-      " must be on the device of ", other_name);
+      device_type(t) == device_type(other) && t.get_device_index() == other.get_device_index(),
+      name, " must be on the device of ", other_name, " (", device_name(other), "), got ",
+      device_name(t));
 }
 
 inline void check_like(const char* name, const Tensor& t, const char* other_name,
@@ -101,14 +118,12 @@ inline void check_saved(const Tensor& saved, const Tensor& row) {
                   " elements, as row, got ", saved.size(0));
 }
 
-// Small dense operands of a solve or a sum.
-inline void check_small(const char* name, const Tensor& t, ScalarType type, const Tensor& device_of,
-                        const std::vector<int64_t>& sizes) {
+// Small dense operands of a solve or a sum, on the device of another.
+inline void check_small(const char* name, const Tensor& t, ScalarType type, const char* other_name,
+                        const Tensor& other, const std::vector<int64_t>& sizes) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " must have scalar type ", static_cast<int>(type),
                   ", got ", static_cast<int>(t.scalar_type()));
-  STD_TORCH_CHECK(
-      t.get_device_index() == device_of.get_device_index() && t.is_cuda() == device_of.is_cuda(),
-      name, " must be on the device of the other arguments");
+  check_device(name, t, other_name, other);
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
   bool fits = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t d = 0;
@@ -156,9 +171,9 @@ inline void check_out_row(const Tensor& out, const Tensor& jac) {
 inline void check_drop(const Tensor& jac, const std::optional<Tensor>& leak,
                        const std::optional<Tensor>& there, const Tensor& rng, const Tensor& out) {
   check_rows("jac", jac);
-  if (leak) check_small("leak", *leak, ScalarType::Double, jac, {jac.size(0)});
-  if (there) check_small("there", *there, ScalarType::Bool, jac, {jac.size(0)});
-  check_small("rng", rng, ScalarType::Long, jac, {2});
+  if (leak) check_small("leak", *leak, ScalarType::Double, "jac", jac, {jac.size(0)});
+  if (there) check_small("there", *there, ScalarType::Bool, "jac", jac, {jac.size(0)});
+  check_small("rng", rng, ScalarType::Long, "jac", jac, {2});
   check_out_row(out, jac);
 }
 
@@ -169,7 +184,7 @@ inline void check_perturb(const std::vector<Tensor>& params, const Tensor& saved
   check_flat("row", row);
   check_saved(saved, row);
   check_segments("params", params, offsets, row, "saved", saved);
-  check_small("sq_norm", sq_norm, ScalarType::Double, row, {});
+  check_small("sq_norm", sq_norm, ScalarType::Double, "row", row, {});
   STD_TORCH_CHECK(rho.size() == params.size(), "rho must have one entry for each of params (",
                   params.size(), "), got ", rho.size());
 }

@@ -56,7 +56,7 @@ struct Methods {
   }
   static Certified solve_pcgrad(const Tensor& gram, const Tensor& order) {
     const int64_t n = check_square("gram", gram);
-    check_small("order", order, ScalarType::Long, gram, batch_shape(gram, {n, n}));
+    check_small("order", order, ScalarType::Long, "gram", gram, batch_shape(gram, {n, n}));
     Backend::check_order(order, n);
     Tensor coefficients = fresh(gram, batch_shape(gram, {n, n}), ScalarType::Double);
     const Solved s =
@@ -70,8 +70,8 @@ struct Methods {
   static Answer solve_gradvac(const Tensor& gram, const Tensor& order, const Tensor& target,
                               double beta, double eps) {
     const int64_t n = check_square("gram", gram);
-    check_small("order", order, ScalarType::Long, gram, batch_shape(gram, {n, n}));
-    check_small("target", target, ScalarType::Double, gram, batch_shape(gram, {n, n}));
+    check_small("order", order, ScalarType::Long, "gram", gram, batch_shape(gram, {n, n}));
+    check_small("target", target, ScalarType::Double, "gram", gram, batch_shape(gram, {n, n}));
     Backend::check_order(order, n);
     return answer(Backend::solve(
         gram, GradVac{data<int64_t>(order), data<double>(target), beta, eps}, false));
@@ -82,7 +82,7 @@ struct Methods {
   }
   static Answer solve_random_(const Tensor& gram, const Tensor& rng) {
     const int64_t n = check_square("gram", gram);
-    check_small("rng", rng, ScalarType::Long, gram, {2});
+    check_small("rng", rng, ScalarType::Long, "gram", gram, {2});
     const Tensor normal = fresh(gram, batch_shape(gram, {n}), ScalarType::Double);
     Backend::draw_normals(rng, batch_of(gram), n, normal);
     return answer(Backend::solve(gram, Softmax{data<double>(normal)}, false));
@@ -132,23 +132,23 @@ struct Methods {
                                double lr, double momentum, int64_t steps, double lambda_) {
     return answer(
         Backend::solve(cross,
-                       SdmGrad{state_of("state", state, cross, 0), preferred(cross, preference), lr,
-                               momentum, steps, lambda_},
+                       SdmGrad{state_of("state", state, cross, 0, "cross"),
+                               preferred(cross, preference, "cross"), lr, momentum, steps, lambda_},
                        false));
   }
   static Answer solve_modo_(const Tensor& cross, const Tensor& state, double gamma, double rho) {
-    return answer(
-        Backend::solve(cross, MoDo{state_of("state", state, cross, 0), gamma, rho}, false));
+    return answer(Backend::solve(
+        cross, MoDo{state_of("state", state, cross, 0, "cross"), gamma, rho}, false));
   }
   static Tensor scale_weights(const Tensor& gram, const Tensor& weights, int64_t scaling,
                               double max_norm) {
     const int64_t n = check_square("gram", gram);
-    check_small("weights", weights, ScalarType::Double, gram, batch_shape(gram, {n}));
+    check_small("weights", weights, ScalarType::Double, "gram", gram, batch_shape(gram, {n}));
     return Backend::solve(gram, Scale{data<double>(weights), scaling, max_norm}, false).weights;
   }
 
   static Tensor draw_order_(const Tensor& rng, int64_t tasks, int64_t batch) {
-    check_small("rng", rng, ScalarType::Long, rng, {2});
+    check_small("rng", rng, ScalarType::Long, "rng", rng, {2});
     STD_TORCH_CHECK(tasks >= 1 && batch >= 1, "tasks and batch must be at least 1, got ", tasks,
                     " and ", batch);
     const Tensor order = fresh(rng, {batch, tasks, tasks}, ScalarType::Long);
@@ -183,22 +183,24 @@ struct Methods {
   // A random order for every problem of gram, in gram's shape.
   static Tensor drawn_order(const Tensor& gram, const Tensor& rng) {
     const int64_t n = check_square("gram", gram);
-    check_small("rng", rng, ScalarType::Long, gram, {2});
+    check_small("rng", rng, ScalarType::Long, "gram", gram, {2});
     const Tensor order = fresh(gram, batch_shape(gram, {n, n}), ScalarType::Long);
     Backend::draw_orders(rng, batch_of(gram), n, order);
     return order;
   }
   // A preference [T] on gram's device, or null.
-  static const double* preferred(const Tensor& gram, const Optional& preference) {
-    const int64_t n = check_square("gram", gram);
+  static const double* preferred(const Tensor& gram, const Optional& preference,
+                                 const char* gram_name = "gram") {
+    const int64_t n = check_square(gram_name, gram);
     if (!preference) return nullptr;
-    check_small("preference", *preference, ScalarType::Double, gram, {n});
+    check_small("preference", *preference, ScalarType::Double, gram_name, gram, {n});
     return data<double>(*preference);
   }
   // A method's state, T + more numbers a problem.
-  static double* state_of(const char* name, const Tensor& state, const Tensor& gram, int64_t more) {
-    const int64_t n = check_square("gram", gram);
-    check_small(name, state, ScalarType::Double, gram, batch_shape(gram, {n + more}));
+  static double* state_of(const char* name, const Tensor& state, const Tensor& gram, int64_t more,
+                          const char* gram_name = "gram") {
+    const int64_t n = check_square(gram_name, gram);
+    check_small(name, state, ScalarType::Double, gram_name, gram, batch_shape(gram, {n + more}));
     return data<double>(state);
   }
 };

@@ -205,7 +205,7 @@ void combine_rows(const Tensor& jac, const double* a, Rows sam, const double* b,
 
 void combine(const Tensor& jac, const Tensor& weights, const Tensor& out) {
   check_rows("jac", jac);
-  check_small("weights", weights, ScalarType::Double, jac, {jac.size(0)});
+  check_small("weights", weights, ScalarType::Double, "jac", jac, {jac.size(0)});
   check_out_row(out, jac);
   combine_rows(jac, small(weights), Rows{nullptr, 0}, nullptr, out);
 }
@@ -214,8 +214,8 @@ void combine_flat(const Tensor& jac, const Tensor& a, const Tensor& sam, const T
                   const Tensor& out) {
   check_rows("jac", jac);
   check_same_rows("sam", sam, "jac", jac);
-  check_small("a", a, ScalarType::Double, jac, {jac.size(0)});
-  check_small("b", b, ScalarType::Double, jac, {jac.size(0)});
+  check_small("a", a, ScalarType::Double, "jac", jac, {jac.size(0)});
+  check_small("b", b, ScalarType::Double, "jac", jac, {jac.size(0)});
   check_out_row(out, jac);
   combine_rows(jac, small(a), rows_of(sam), small(b), out);
 }
@@ -224,7 +224,8 @@ void project(const Tensor& jac, const Tensor& coefficients, const Tensor& out) {
   check_rows("jac", jac);
   check_rows("out", out);
   check_like("out", out, "jac", jac);
-  check_small("coefficients", coefficients, ScalarType::Double, jac, {out.size(0), jac.size(0)});
+  check_small("coefficients", coefficients, ScalarType::Double, "jac", jac,
+              {out.size(0), jac.size(0)});
   STD_TORCH_CHECK(out.size(1) == jac.size(1), "out must have ", jac.size(1), " columns, got ",
                   out.size(1));
   const Rows rows = rows_of(jac);
@@ -263,8 +264,8 @@ void graddrop_(const Tensor& jac, const std::optional<Tensor>& leak,
 
 Tensor affinity(const Tensor& gram, const Tensor& losses, double lr) {
   const int64_t tasks = gram.size(0);
-  check_small("gram", gram, ScalarType::Double, gram, {tasks, tasks});
-  check_small("losses", losses, ScalarType::Double, gram, {tasks});
+  check_small("gram", gram, ScalarType::Double, "gram", gram, {tasks, tasks});
+  check_small("losses", losses, ScalarType::Double, "gram", gram, {tasks});
   Tensor out = doubles(gram, {tasks, tasks});
   const double *g = small(gram), *loss = small(losses);
   double* z = static_cast<double*>(out.mutable_data_ptr());

@@ -1,4 +1,5 @@
-// What every CUDA binding needs: device guard, stream, scratch, dtype switch. Included by .cu only.
+// What every CUDA binding needs: device guard, stream, scratch, dtype switch, what a failed launch
+// says. Included by .cu only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,12 +13,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/launch_error.h"
 #include "../common/operands.h"
 #include "../kernels/vec.cuh"
+
+#ifndef FLATMTL_BUILD_ARCHS
+#define FLATMTL_BUILD_ARCHS "unknown"
+#endif
 
 namespace flatmtl::cuda {
 
@@ -89,6 +97,32 @@ auto with_row_types(const Tensor& row, const Tensor& beside, const F& f) {
 inline int count_of(const char* name, int64_t n) {
   STD_TORCH_CHECK(n <= 32768, name, " must have at most 32768 rows, got ", n);
   return static_cast<int>(n);
+}
+
+// Throws for a launch that failed. An architecture is first met here: importing the package must
+// not start CUDA.
+[[gnu::cold, gnu::noinline]] inline void launch_failed(cudaError_t error) {
+  (void)cudaGetLastError();  // this library's own runtime would report it again at the next launch
+  Mismatch found;
+  found.code = error;
+  found.name = cudaGetErrorName(error);
+  found.toolkit = CUDART_VERSION;
+  found.archs = FLATMTL_BUILD_ARCHS;
+  int major = 0, minor = 0;
+  if (cudaGetDevice(&found.device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, found.device) ==
+          cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, found.device) ==
+          cudaSuccess)
+    found.capability = 10 * major + minor;
+  (void)cudaDriverGetVersion(&found.driver);
+  const std::string text = mismatch_text(found);
+  if (!text.empty()) throw std::runtime_error(text);
+  STD_CUDA_CHECK(error);
+}
+
+inline void check_launch(cudaError_t error) {
+  if (error != cudaSuccess) launch_failed(error);
 }
 
 }  // namespace flatmtl::cuda

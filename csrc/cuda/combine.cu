@@ -9,11 +9,11 @@ namespace {
 
 void combine(const Tensor& jac, const Tensor& weights, const Tensor& result) {
   check_rows("jac", jac);
-  check_small("weights", weights, ScalarType::Double, jac, {jac.size(0)});
+  check_small("weights", weights, ScalarType::Double, "jac", jac, {jac.size(0)});
   check_out_row(result, jac);
   const int tasks = count_of("jac", jac.size(0));
   const OnDeviceOf device(jac);
-  STD_CUDA_CHECK(with_row_types(jac, result, [&](auto zero, auto sum) {
+  check_launch(with_row_types(jac, result, [&](auto zero, auto sum) {
     using T = decltype(zero);
     using O = decltype(sum);
     return kernels::combine<T, O>(rows<T>(jac), in<double>(weights), tasks, jac.size(1),
@@ -25,12 +25,12 @@ void combine_flat(const Tensor& jac, const Tensor& a, const Tensor& sam, const T
                   const Tensor& result) {
   check_rows("jac", jac);
   check_same_rows("sam", sam, "jac", jac);
-  check_small("a", a, ScalarType::Double, jac, {jac.size(0)});
-  check_small("b", b, ScalarType::Double, jac, {jac.size(0)});
+  check_small("a", a, ScalarType::Double, "jac", jac, {jac.size(0)});
+  check_small("b", b, ScalarType::Double, "jac", jac, {jac.size(0)});
   check_out_row(result, jac);
   const int tasks = count_of("jac", jac.size(0));
   const OnDeviceOf device(jac);
-  STD_CUDA_CHECK(with_row_types(jac, result, [&](auto zero, auto sum) {
+  check_launch(with_row_types(jac, result, [&](auto zero, auto sum) {
     using T = decltype(zero);
     using O = decltype(sum);
     return kernels::combine_flat<T, O>(rows<T>(jac), in<double>(a), rows<T>(sam), in<double>(b),
@@ -65,11 +65,12 @@ void project(const Tensor& jac, const Tensor& coefficients, const Tensor& result
   check_like("out", result, "jac", jac);
   STD_TORCH_CHECK(result.size(1) == jac.size(1), "out must have ", jac.size(1), " columns, got ",
                   result.size(1));
-  check_small("coefficients", coefficients, ScalarType::Double, jac, {result.size(0), jac.size(0)});
+  check_small("coefficients", coefficients, ScalarType::Double, "jac", jac,
+              {result.size(0), jac.size(0)});
   STD_TORCH_CHECK(jac.size(1) == 0 || !may_overlap(jac, result), "out must not overlap jac");
   const int tasks = count_of("jac", jac.size(0)), outputs = count_of("out", result.size(0));
   const OnDeviceOf device(jac);
-  STD_CUDA_CHECK(with_row_type(jac, [&](auto zero) {
+  check_launch(with_row_type(jac, [&](auto zero) {
     using T = decltype(zero);
     const int64_t stride = outputs > 1 ? result.stride(0) : result.size(1);
     return kernels::project<T>(rows<T>(jac), in<double>(coefficients), tasks, outputs, jac.size(1),
@@ -81,12 +82,12 @@ void project(const Tensor& jac, const Tensor& coefficients, const Tensor& result
 Tensor affinity(const Tensor& gram, const Tensor& losses, double lr) {
   STD_TORCH_CHECK(gram.dim() == 2, "gram must be a matrix [T, T], got ", gram.dim(), " dimensions");
   const int64_t tasks = gram.size(0);
-  check_small("gram", gram, ScalarType::Double, gram, {tasks, tasks});
-  check_small("losses", losses, ScalarType::Double, gram, {tasks});
+  check_small("gram", gram, ScalarType::Double, "gram", gram, {tasks, tasks});
+  check_small("losses", losses, ScalarType::Double, "gram", gram, {tasks});
   const OnDeviceOf device(gram);
   const Tensor result = fresh(gram, {tasks, tasks}, ScalarType::Double);
-  STD_CUDA_CHECK(kernels::affinity(in<double>(gram), in<double>(losses), tasks, lr,
-                                   out<double>(result), device.stream()));
+  check_launch(kernels::affinity(in<double>(gram), in<double>(losses), tasks, lr,
+                                 out<double>(result), device.stream()));
   return result;
 }
 

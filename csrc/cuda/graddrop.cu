@@ -11,7 +11,7 @@ void graddrop_(const Tensor& jac, const std::optional<Tensor>& leak,
   check_drop(jac, leak, there, rng, result);
   const int tasks = count_of("jac", jac.size(0));
   const OnDeviceOf device(jac);
-  STD_CUDA_CHECK(with_row_types(jac, result, [&](auto zero, auto sum) {
+  check_launch(with_row_types(jac, result, [&](auto zero, auto sum) {
     using T = decltype(zero);
     using O = decltype(sum);
     return kernels::graddrop<T, O>(rows<T>(jac), leak ? in<double>(*leak) : nullptr,

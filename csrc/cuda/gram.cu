@@ -17,7 +17,7 @@ Tensor row_norms(const Tensor& jac) {
   const OnDeviceOf device(jac);
   const Tensor partials = scratch(jac, kernels::row_norms_partials(tasks, columns, row_bytes(jac)));
   const Tensor result = fresh(jac, {tasks}, ScalarType::Double);
-  STD_CUDA_CHECK(with_row_type(jac, [&](auto zero) {
+  check_launch(with_row_type(jac, [&](auto zero) {
     using T = decltype(zero);
     return kernels::row_norms<T>(rows<T>(jac), tasks, columns, out<double>(partials),
                                  out<double>(result), device.stream());

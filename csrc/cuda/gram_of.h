@@ -18,7 +18,7 @@ Tensor gram_of(const Tensor& jac, const Tensor& sam) {
   const OnDeviceOf device(jac);
   const Tensor partials = scratch(jac, kernels::gram_partials(tasks, columns, row_bytes(jac)));
   const Tensor result = fresh(jac, {tasks, tasks}, ScalarType::Double);
-  STD_CUDA_CHECK(with_row_type(jac, [&](auto zero) {
+  check_launch(with_row_type(jac, [&](auto zero) {
     using T = decltype(zero);
     return kernels::gram<T, kDifference>(rows<T>(jac), rows<T>(sam), tasks, columns,
                                          out<double>(partials), out<double>(result),

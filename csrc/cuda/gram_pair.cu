@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> gram_pair(const Tensor& sam, const Tensor& jac) {
   const Tensor partials = scratch(jac, 2 * kernels::gram_partials(tasks, columns, row_bytes(jac)));
   const Tensor result = fresh(jac, {tasks, tasks}, ScalarType::Double);
   const Tensor difference = fresh(jac, {tasks, tasks}, ScalarType::Double);
-  STD_CUDA_CHECK(with_row_type(jac, [&](auto zero) {
+  check_launch(with_row_type(jac, [&](auto zero) {
     using T = decltype(zero);
     return kernels::gram_pair<T>(rows<T>(jac), rows<T>(sam), tasks, columns, out<double>(partials),
                                  out<double>(result), out<double>(difference), device.stream());

@@ -14,7 +14,7 @@ Tensor pack_row_(const Tensor& row, const std::vector<Tensor>& grads,
   const OnDeviceOf device(row);
   const Tensor partials = scratch(row, kernels::pack_row_partials(table.size(), columns));
   const Tensor result = fresh(row, {}, ScalarType::Double);
-  STD_CUDA_CHECK(with_row_types(row, grads.empty() ? row : grads[0], [&](auto zero, auto grad) {
+  check_launch(with_row_types(row, grads.empty() ? row : grads[0], [&](auto zero, auto grad) {
     using T = decltype(zero);
     using G = decltype(grad);
     return kernels::pack_row<T, G>(table.data.data(), table.offset.data(), table.numel.data(),
@@ -31,7 +31,7 @@ void perturb_(const std::vector<Tensor>& params, const Tensor& saved, const Tens
   const SegmentTable table(params, offsets);
   const std::vector<double> radii = table.select(rho);
   const OnDeviceOf device(row);
-  STD_CUDA_CHECK(with_row_types(row, saved, [&](auto zero, auto param) {
+  check_launch(with_row_types(row, saved, [&](auto zero, auto param) {
     using T = decltype(zero);
     using U = decltype(param);
     return kernels::perturb<T, U>(table.data.data(), table.offset.data(), table.numel.data(),
@@ -46,7 +46,7 @@ void restore_(const std::vector<Tensor>& params, const Tensor& saved,
   check_segments("params", params, offsets, saved, "saved", saved);
   const SegmentTable table(params, offsets);
   const OnDeviceOf device(saved);
-  STD_CUDA_CHECK(with_row_type(saved, [&](auto zero) {
+  check_launch(with_row_type(saved, [&](auto zero) {
     using T = decltype(zero);
     return kernels::restore<T>(table.data.data(), table.offset.data(), table.numel.data(),
                                table.size(), in<T>(saved), saved.size(0), device.stream());
@@ -61,7 +61,7 @@ Tensor adaptive_sq_norm(const Tensor& saved, const Tensor& row, double eta) {
   const Tensor partials =
       scratch(row, kernels::adaptive_sq_norm_partials(columns, row_bytes(saved)));
   const Tensor result = fresh(row, {}, ScalarType::Double);
-  STD_CUDA_CHECK(with_row_types(row, saved, [&](auto zero, auto param) {
+  check_launch(with_row_types(row, saved, [&](auto zero, auto param) {
     using T = decltype(zero);
     using U = decltype(param);
     return kernels::adaptive_sq_norm<T, U>(in<U>(saved), in<T>(row), columns, eta,

@@ -16,21 +16,21 @@ struct Backend {
     const Solved s{fresh(gram, batch_shape(gram, {tasks}), ScalarType::Double),
                    fresh(gram, batch_shape(gram, {}), ScalarType::Long),
                    fresh(gram, batch_shape(gram, {}), ScalarType::Double)};
-    STD_CUDA_CHECK(kernels::solve(method, in<double>(gram), batch, tasks, out<double>(work),
-                                  out<double>(s.weights), out<int64_t>(s.status),
-                                  out<double>(s.residual), device.stream()));
+    check_launch(kernels::solve(method, in<double>(gram), batch, tasks, out<double>(work),
+                                out<double>(s.weights), out<int64_t>(s.status),
+                                out<double>(s.residual), device.stream()));
     return s;
   }
 
   static void draw_orders(const Tensor& rng, int64_t batch, int64_t tasks, const Tensor& order) {
     const OnDeviceOf device(rng);
-    STD_CUDA_CHECK(kernels::draw_orders(out<int64_t>(rng), batch, tasks, out<int64_t>(order),
-                                        device.stream()));
+    check_launch(kernels::draw_orders(out<int64_t>(rng), batch, tasks, out<int64_t>(order),
+                                      device.stream()));
   }
   static void draw_normals(const Tensor& rng, int64_t batch, int64_t tasks, const Tensor& drawn) {
     const OnDeviceOf device(rng);
-    STD_CUDA_CHECK(kernels::draw_normals(out<int64_t>(rng), batch, tasks, out<double>(drawn),
-                                         device.stream()));
+    check_launch(kernels::draw_normals(out<int64_t>(rng), batch, tasks, out<double>(drawn),
+                                       device.stream()));
   }
 
   // The numbers are on the device and cannot be looked at without waiting for it: the solvers pass

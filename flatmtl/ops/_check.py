@@ -153,20 +153,22 @@ def no_overlap(name: str, out: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must not share memory with {other_name}")
 
 
-def preference(name: str, value: object, gram: Tensor) -> Tensor | None:
+def preference(name: str, value: object, gram: Tensor, gram_name: str = "gram") -> Tensor | None:
     """``value`` as one float64 number a task of ``gram``, on its device; None stays None."""
     if value is None:
         return None
     result = tensor(name, value, SMALL_TYPES)
-    like(name, result, "gram", gram, dtype=False)
+    like(name, result, gram_name, gram, dtype=False)
     shape(name, result, gram.shape[-1])
     return double(result)
 
 
-def state(name: str, value: object, gram: Tensor, sizes: Sequence[int]) -> None:
-    """``value`` as a float64 tensor of this shape, written in place."""
+def state(
+    name: str, value: object, gram: Tensor, sizes: Sequence[int], gram_name: str = "gram"
+) -> None:
+    """``value`` as a float64 tensor of this shape on the device of ``gram``, written in place."""
     result = tensor(name, value, (torch.float64,))
-    like(name, result, "gram", gram, dtype=False)
+    like(name, result, gram_name, gram, dtype=False)
     shape(name, result, *sizes)
     if not result.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got stride {list(result.stride())}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from flatmtl.ops import _mismatch
+
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu": PACKAGE / "libflatmtl_cpu.so", "cuda": PACKAGE / "libflatmtl_cuda.so"}
 
@@ -15,34 +17,70 @@ LIBRARIES = {"cpu": PACKAGE / "libflatmtl_cpu.so", "cuda": PACKAGE / "libflatmtl
 missing: dict[str, str] = {}
 
 
-def _load(device: str) -> None:
+def build() -> _mismatch.Build:
+    """What the libraries were built with."""
+    try:
+        from flatmtl import _core
+    except ImportError:  # an install without a C++ compiler has none
+        return _mismatch.Build()
+    facts = _core.build_info()
+    return _mismatch.Build(facts["torch"], facts["compiler"], facts["cuda"], facts["cuda_archs"])
+
+
+def _driver() -> int:
+    """The CUDA version that the driver supports, as in 13000; 0 without a driver.
+
+    Asked of the driver itself, without starting CUDA: a process may still fork after an import.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    number = ctypes.c_int(0)
+    failed = driver.cuDriverGetVersion(ctypes.byref(number))
+    return 0 if failed else number.value
+
+
+def here() -> _mismatch.Here:
+    """What they find."""
+    cuda = torch.version.cuda
+    return _mismatch.Here(str(torch.__version__), cuda, 0 if cuda is None else _driver())
+
+
+def _load(device: str, made: _mismatch.Build, found: _mismatch.Here) -> str:
+    """Loads a device's library; returns what stands against it, or ""."""
     path = LIBRARIES[device]
-    if not path.exists():
-        missing[device] = "not built"
-        return
+    if device == "cuda":
+        if found.cuda is None:
+            return "this torch has no CUDA"
+        if not path.exists():
+            return _mismatch.not_built(made, found)
+        if refusal := _mismatch.old_driver(made, found):
+            return refusal
+    elif not path.exists():
+        return "not built"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        missing[device] = str(error)
+        # torch names the file; the linker's own words are the cause
+        return _mismatch.not_loaded(made, found, str(error.__cause__ or error))
+    return ""
 
 
 def load() -> None:
     """Loads what was built. What is missing is said once, and the reference bodies do its work."""
-    _load("cpu")
-    if torch.version.cuda is not None:
-        _load("cuda")
-    else:
-        missing["cuda"] = "this torch has no CUDA"
-    if "cpu" in missing:
+    made, found = build(), here()
+    for device in LIBRARIES:
+        if why := _load(device, made, found):
+            missing[device] = why
+    # without a driver there are no CUDA tensors, and nothing to say of them
+    said = [device for device in missing if device == "cpu" or found.driver]
+    if said:
+        devices = " and ".join(device.upper() for device in said)
+        reasons = "; ".join(f"{LIBRARIES[device].name}: {missing[device]}" for device in said)
         warnings.warn(
-            f"flatmtl runs on its reference operators, which are slower: {LIBRARIES['cpu'].name} "
-            f"{missing['cpu']} (`python -m flatmtl info` says more)",
-            stacklevel=3,
-        )
-    if "cuda" in missing and torch.cuda.is_available():
-        warnings.warn(
-            f"flatmtl runs on its reference operators on CUDA: {LIBRARIES['cuda'].name} "
-            f"{missing['cuda']} (`python -m flatmtl info` says more)",
+            f"flatmtl runs on its reference operators, which are slower, on {devices} tensors. "
+            f"{reasons} (`python -m flatmtl info` says more)",
             stacklevel=3,
         )
 

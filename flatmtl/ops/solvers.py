@@ -54,8 +54,10 @@ def _ridge(ridge: float | None, gram: Tensor) -> float:
     return float(ridge)
 
 
-def _check_stream(rng: Tensor) -> None:
+def _check_stream(rng: Tensor, gram: Tensor | None = None) -> None:
     _check.tensor("rng", rng, (torch.int64,))
+    if gram is not None:
+        _check.like("rng", rng, "gram", gram, dtype=False)
     _check.shape("rng", rng, 2)
 
 
@@ -131,7 +133,7 @@ def solve_pcgrad_drawn_(gram: Tensor, rng: Tensor) -> Triple:
         ValueError, TypeError: shapes, dtypes or devices do not fit; ``gram`` is no Gram matrix.
     """
     square = _check.gram("gram", gram)
-    _check_stream(rng)
+    _check_stream(rng, square)
     return _call(_ops.solve_pcgrad_drawn_.default, _check.double(square), rng)
 
 
@@ -150,7 +152,7 @@ def solve_random_(gram: Tensor, rng: Tensor) -> Pair:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     square = _check.gram("gram", gram)
-    _check_stream(rng)
+    _check_stream(rng, square)
     return _call(_ops.solve_random_.default, _check.double(square), rng)
 
 
@@ -208,7 +210,7 @@ def solve_gradvac_drawn_(
         ValueError, TypeError: as ``solve_gradvac``.
     """
     square = _gradvac_operands(gram, target, beta, eps)
-    _check_stream(rng)
+    _check_stream(rng, square)
     double = _check.double(square)
     return _call(_ops.solve_gradvac_drawn_.default, double, rng, target, float(beta), float(eps))
 
@@ -550,8 +552,8 @@ def solve_sdmgrad_(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 <= lambda_ < math.inf:
         raise ValueError(f"lambda_ must be finite and at least 0, got {lambda_}")
-    _check.state("state", state, square, square.shape[:-1])
-    vector = _check.preference("preference", preference, square)
+    _check.state("state", state, square, square.shape[:-1], "cross")
+    vector = _check.preference("preference", preference, square, "cross")
     return _call(
         _ops.solve_sdmgrad_.default,
         _check.double(square),
@@ -585,7 +587,7 @@ def solve_modo_(cross: Tensor, state: Tensor, gamma: float = 0.1, rho: float = 0
         raise ValueError(f"gamma must be finite and above 0, got {gamma}")
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho must be finite and at least 0, got {rho}")
-    _check.state("state", state, square, square.shape[:-1])
+    _check.state("state", state, square, square.shape[:-1], "cross")
     return _call(_ops.solve_modo_.default, _check.double(square), state, float(gamma), float(rho))
 
 

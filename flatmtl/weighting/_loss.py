@@ -129,6 +129,7 @@ class WithLosses(Weighting):
             raise ValueError(
                 f"gram must have shape [T, T] for {type(self).__name__}, got {list(gram.shape)}"
             )
+        _check.like("losses", _check.tensor("losses", losses), "gram", gram, dtype=False)
         losses, there, bits = _sound(losses, there, type(self).__name__, positive=self.positive)
         if losses.shape[0] != tasks:
             raise ValueError(
@@ -176,6 +177,8 @@ def _sound(
         raise ValueError(
             f"there must be bool {list(result.shape)}, as losses, got {there.dtype} {list(there.shape)}"
         )
+    if there is not None:
+        _check.like("there", there, "losses", result, dtype=False)
     if result.device.type == "cpu":
         bits = _NONE
         if not torch.compiler.is_compiling():
