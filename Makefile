@@ -22,12 +22,11 @@ help:
 	@echo "make bench       kernels and aggregation against pure PyTorch and peers -> docs/benchmarks.md"
 	@echo "make bench-quick the same on small sizes, in about a minute; writes nothing"
 	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make wheel       dist/*.whl for CUDA=13.0 (13.2; 12.8, 12.6 by clang-19), audited, tried with SMOKE=torches"
+	@echo "make wheel-check pack what is compiled already; audited and tried with TORCH, in build/check/"
+	@echo "make sdist       dist/*.tar.gz, installed without nvcc and tried"
 	@echo "make cuda-check  compile the CUDA library for every architecture; fails on a spill"
-	@echo "make wheel       dist/*.whl for CUDA=13.0 (or 13.2; 12.8 and 12.6 by clang-19), audited and tried"
-	@echo "make wheel-check the same of what is compiled already: packs, audits, tries; in build/check/"
-	@echo "make sdist       dist/*.tar.gz, installed and tried without nvcc"
-	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto; CUDA ($(CUDA)),"
-	@echo "           SMOKE, the torches that wheels are tried with ($(SMOKE))"
+	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto"
 
 $(VENV)/.torch: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
