@@ -1,6 +1,6 @@
 """Who runs against whom: every op of flatmtl beside plain torch, with the bytes it has to move.
 
-The CPU benchmarks (``test_ops.py``) and the GPU ones (``gpu.py``) both take their entrants from here.
+The CPU benchmarks (``test_ops.py``) and the GPU ones (``gpu/``) both take their entrants from here.
 """
 
 from __future__ import annotations
@@ -191,6 +191,43 @@ def _project(inputs: Inputs, compile_: bool) -> Contest:
     )
 
 
+def _gram_pair(inputs: Inputs, compile_: bool) -> Contest:
+    def ours() -> object:
+        jac, sam = inputs.pair()
+        return ops.gram_pair(sam, jac)
+
+    def two_calls() -> object:
+        jac, sam = inputs.pair()
+        return ops.gram(jac), ops.gram_difference(sam, jac)
+
+    def torch_() -> object:
+        jac, sam = inputs.pair()
+        difference = sam - jac
+        return jac @ jac.T, difference @ difference.T
+
+    others: dict[str, Call] = {"J @ J.T, D @ D.T": torch_, "flatmtl, two calls": two_calls}
+    return Contest("gram_pair", 2 * inputs.jac_bytes, ours, others)
+
+
+def _graddrop(inputs: Inputs, compile_: bool) -> Contest:
+    out, rng = inputs.out, torch.tensor([7, 0], device=inputs.device)
+
+    def drop(jac: Tensor, draw: Tensor) -> Tensor:
+        positive, negative = jac.clamp(min=0), jac.clamp(max=0)
+        keep = positive.sum(0) * (1 - draw) > -negative.sum(0) * draw
+        return torch.where(keep, positive, negative).sum(0)
+
+    def torch_() -> object:
+        return drop(inputs.jac(), torch.rand_like(out))
+
+    others: dict[str, Call] = {"torch": torch_}
+    if compile_:
+        fused = compiled(drop)
+        others["torch.compile"] = lambda: fused(inputs.jac(), torch.rand_like(out))
+    moved = inputs.jac_bytes // inputs.tasks * (inputs.tasks + 1)
+    return Contest("graddrop_", moved, lambda: ops.graddrop_(inputs.jac(), rng, out=out), others)
+
+
 # ---------------------------------------------------------------- ops over one row and its tensors
 
 
@@ -275,6 +312,8 @@ MATRIX_OPS: dict[str, Callable[[Inputs, bool], Contest]] = {
     "combine": _combine,
     "combine_flat": _combine_flat,
     "project": _project,
+    "gram_pair": _gram_pair,
+    "graddrop_": _graddrop,
 }
 ROW_OPS: dict[str, Callable[[Inputs, bool], Contest]] = {
     "pack_row_": _pack,

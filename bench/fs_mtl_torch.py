@@ -102,7 +102,7 @@ class ForeachFsMtl:
             for task, loss in enumerate(losses)
         ]
         gram = (self.jac @ self.jac.T).tolist()
-        weights = torch.tensor(pcgrad_weights(gram, self.orders[0]), dtype=self.jac.dtype)
+        weights = self.jac.new_tensor(pcgrad_weights(gram, self.orders[0]))
         if self.rho is None:
             torch.mv(self.jac.T, weights, out=self.update)
         else:
@@ -112,7 +112,7 @@ class ForeachFsMtl:
             flat_gram = (flat @ flat.T).tolist()
             flat_weights = pcgrad_weights(flat_gram, self.orders[1])
             torch.mv(self.jac.T, weights, out=self.update)
-            self.update.addmv_(flat.T, torch.tensor(flat_weights, dtype=self.jac.dtype))
+            self.update.addmv_(flat.T, self.jac.new_tensor(flat_weights))
         for params, grads in zip(self.own, own_grads, strict=True):
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad

@@ -82,8 +82,8 @@ def resnet() -> Data:
     return Network(trunk, 64, 3), torch.randn(32, 3, 32, 32), torch.randint(10, (3, 32))
 
 
-def resnet18(batch: int = 16) -> Data:
-    """ResNet-18 in its CIFAR form (3x3 stem, no pooling after it), 11.2 M parameters, 3 tasks."""
+def resnet18(batch: int = 16, tasks: int = 3) -> Data:
+    """ResNet-18 in its CIFAR form (3x3 stem, no pooling after it), 11.2 M parameters."""
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False)]
     layers += [nn.BatchNorm2d(64), nn.ReLU()]
     before = 64
@@ -91,7 +91,15 @@ def resnet18(batch: int = 16) -> Data:
         layers += [BasicBlock(before, channels, stride), BasicBlock(channels, channels, 1)]
         before = channels
     trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Network(trunk, 512, 3), torch.randn(batch, 3, 32, 32), torch.randint(10, (3, batch))
+    y = torch.randint(10, (tasks, batch))
+    return Network(trunk, 512, tasks), torch.randn(batch, 3, 32, 32), y
+
+
+def many_heads(batch: int = 256, tasks: int = 40, width: int = 512) -> Data:
+    """The trunk of ``mlp`` (at this width) below 40 heads."""
+    layers = nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU()
+    y = torch.randint(10, (tasks, batch))
+    return Network(nn.Sequential(*layers), width, tasks), torch.randn(batch, width), y
 
 
 NETWORKS: dict[str, Callable[[], Data]] = {"mlp": mlp, "resnet": resnet, "resnet18": resnet18}

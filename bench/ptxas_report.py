@@ -4,10 +4,11 @@
     python bench/ptxas_report.py build/native-*/cuda --markdown docs/kernels_static.md
 
 Reads what the build left there: ptxas' own words (-Xptxas -v) in *.log, and the machine code in *.o.
-Ends with status 1 if a kernel spills or has a stack frame, or if a gram or combine kernel has no global
-load of 16 bytes. No GPU is needed. The loads are read from SASS, which takes cuobjdump of a CUDA toolkit
-(on the PATH, in $CUDA_HOME/bin, or from PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm); without it
-that part is skipped, and says so.
+Ends with status 1 if a kernel spills or has a stack frame, or if a kernel that reads rows has no global load
+of 16 bytes (8 in four that have no registers for more) inside a loop. No GPU is needed. The loads are
+read from SASS, which takes cuobjdump of a CUDA toolkit (on the PATH, in
+$CUDA_HOME/bin, or from PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm); without it that part is
+skipped, and says so.
 """
 
 from __future__ import annotations
@@ -26,16 +27,41 @@ from pathlib import Path
 # compute capabilities. A block costs 1 KiB of shared memory more than it asks for.
 LIMITS = {80: (2048, 32, 164), 90: (2048, 32, 228), 100: (2048, 32, 228), 120: (1536, 24, 100)}
 REGISTERS = 65536
-# Threads of a block where it is not 256, and dynamic shared memory at its largest common size.
+# Threads of a block where it is not 256, and dynamic shared memory at a common size.
 BLOCKS = {
-    "gram_tiled_kernel<float, 8": (160, 17 * 1024),  # T = 32
-    "gram_tiled_kernel<__half, 8": (160, 17 * 1024),
-    "gram_tiled_kernel<__nv_bfloat16, 8": (160, 17 * 1024),
-    "gram_tiled_kernel": (160, 9 * 1024),  # T = 16
+    "gram_tiled_kernel<double": (160, 9 * 1024),  # T = 16
+    "gram_tiled_kernel": (128, 67 * 1024),  # T > 64
+    "gram_mma_kernel": (128, 0),
+    "solve_kernel": (32, 2 * 1024),  # T = 8
+    "solve_part_kernel": (32, 2 * 1024),
+    "add_up_kernel": (32, 2 * 1024),
+    "draw_order_kernel": (32, 0),
+    "draw_normal_kernel": (32, 0),
     "advance_kernel": (1, 0),
 }
-# Kernels whose loops must read 16 bytes a load.
-WIDE = ("gram_small_kernel", "gram_tiled_kernel", "combine_kernel")
+# Kernels that read rows: a loop of theirs must hold global loads of so many bits.
+WIDE = {
+    **{
+        f"gram_mma_kernel<{half}, {blocks}, 1>": 64
+        for half in ("__half", "__nv_bfloat16")
+        for blocks in (6, 8)
+    },
+    **dict.fromkeys(
+        (
+            "gram_small_kernel",
+            "gram_mma_kernel",
+            "gram_tiled_kernel",
+            "row_squares_kernel",
+            "combine_kernel",
+            "project_kernel",
+            "drop_kernel",
+            "pack_row_kernel",
+            "perturb_kernel",
+            "adaptive_squares_kernel",
+        ),
+        128,
+    ),
+}
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\d+)a?'"
@@ -126,24 +152,52 @@ def find_cuobjdump() -> str | None:
     return found or shutil.which("cuobjdump") or next((str(p) for p in packaged), None)
 
 
-def wide_loads(cuobjdump: str, binary: Path) -> dict[tuple[str, str], int]:
-    """Global loads of 128 bits or more by (kernel, architecture)."""
+LINE = re.compile(r"/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?(?P<code>[^;]*)")
+
+
+def loop_loads(sass: list[str]) -> set[int]:
+    """The widths, in bits, of the global loads inside the loops of one kernel's SASS."""
+    loads: list[tuple[int, int]] = []
+    loops: list[tuple[int, int]] = []
+    for line in sass:
+        found = LINE.search(line)
+        if not found:
+            continue
+        at, code = int(found["at"], 16), found["code"]
+        if load := re.match(r"LDG\.E\S*?(?:\.ENL2)?\.(64|128|256)\b", code):
+            loads.append((at, int(load[1])))
+        elif jump := re.match(r"BRA\S*\s+.*?(0x[0-9a-f]+)", code):
+            target = int(jump[1], 16)
+            if target < at:
+                loops.append((target, at))
+    return {bits for at, bits in loads if any(first <= at <= last for first, last in loops)}
+
+
+def kernels_in(cuobjdump: str, binary: Path) -> dict[tuple[str, str], set[int]]:
+    """``loop_loads`` by (kernel, architecture)."""
     text = subprocess.run(
         [cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True
     ).stdout
-    counts: dict[tuple[str, str], int] = {}
+    listings: dict[tuple[str, str], list[str]] = {}
     arch = ""
-    current: tuple[str, str] | None = None
+    current: list[str] = []
     for line in text.splitlines():
         if heading := re.match(r"\s*arch = (sm_\d+)", line):
             arch = heading[1]
         elif heading := re.search(r"Function : (\S+)", line):
-            current = (heading[1], arch)
-            counts[current] = 0
-        elif current and re.search(r"LDG\.E\S*\.(128|ENL2\.256)", line):
-            counts[current] += 1
-    names = demangle([name for name, _ in counts])
-    return {(n, a): c for n, ((_, a), c) in zip(names, counts.items(), strict=True)}
+            current = listings.setdefault((heading[1], arch), [])
+        else:
+            current.append(line)
+    names = demangle([name for name, _ in listings])
+    return {
+        (name, arch): loop_loads(sass)
+        for name, ((_, arch), sass) in zip(names, listings.items(), strict=True)
+    }
+
+
+def bits_asked(name: str) -> int | None:
+    """How wide a kernel's loads must be, or None if it reads no rows."""
+    return next((bits for prefix, bits in WIDE.items() if name.startswith(prefix)), None)
 
 
 def table(kernels: list[Kernel]) -> str:
@@ -173,21 +227,24 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def check_wide(binaries: list[Path]) -> tuple[list[str], bool]:
-    """What SASS says of the 16-byte loads; False if a hot kernel has none."""
+    """What SASS says of the wide loads; False if a kernel that reads rows has none in its loops."""
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        return ["16-byte loads: not checked, cuobjdump was not found"], True
+        return ["wide loads: not checked, cuobjdump was not found"], True
     total, missing = 0, []
     for binary in binaries:
-        for (name, arch), count in wide_loads(cuobjdump, binary).items():
-            if name.startswith(WIDE):
+        for (name, arch), found in kernels_in(cuobjdump, binary).items():
+            if bits := bits_asked(name):
                 total += 1
-                if count == 0:
-                    missing.append(f"{name} ({arch})")
+                if max(found, default=0) < bits:
+                    missing.append(f"{name} ({arch}): {sorted(found)} bits, {bits} are asked for")
     if total == 0:
-        return [f"16-byte loads: {cuobjdump} showed no gram or combine kernel"], False
-    lines = [f"16-byte loads: in {total - len(missing)} of {total} gram and combine kernels"]
-    return lines + [f"  none in {m}" for m in missing], not missing
+        return [f"wide loads: {cuobjdump} showed no kernel that reads rows"], False
+    lines = [
+        f"wide loads (16 bytes; 8 in four) in the loops of {total - len(missing)} of {total} kernels "
+        "that read rows"
+    ]
+    return lines + [f"  not in {m}" for m in missing], not missing
 
 
 def main() -> None:

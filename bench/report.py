@@ -29,6 +29,8 @@ TITLES = {
     "combine": "`combine`: d = Σ wᵢ gᵢ, into a preallocated d",
     "combine_flat": "`combine_flat`: d = Σ aᵢ gᵢ + Σ bᵢ (sᵢ - gᵢ), into a preallocated d",
     "project": "`project`: T combinations of the rows, preallocated",
+    "gram_pair": "`gram_pair`: Gram matrices of J and of S - J",
+    "graddrop_": "`graddrop_`: GradDrop, into a preallocated d",
     "mean": "Mean",
     "pcgrad": "PCGrad",
     "mgda": "MGDA (TorchJD stops after at most 100 Frank-Wolfe steps, unconverged; ours is exact)",

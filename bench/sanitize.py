@@ -1,22 +1,25 @@
 """Calls every op and weighting once at small awkward sizes on a device, for compute-sanitizer to watch.
 
-compute-sanitizer --tool memcheck python -m bench.sanitize [--device cuda]
+compute-sanitizer --tool memcheck python -m bench.sanitize [--device cuda] [--seconds 40]
 
 T around the kernels' boundaries, P that no vector width divides, rows that start anywhere. Values are
-only looked at for being finite: whether they are right is what the tests are for.
+only looked at for being finite: whether they are right is what the tests are for. Ends in order when its
+seconds are over; the sizes come so that the first few already call every kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import time
 
 import torch
 
 from bench import solvers as methods
 from flatmtl import ops
 
-SIZES = [(1, 1), (2, 3), (3, 1025), (8, 4099), (9, 130), (17, 4099), (33, 515), (65, 260)]
+SIZES = [(8, 4099), (17, 4099), (33, 515), (65, 260), (3, 1025), (9, 130), (2, 3), (1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -36,6 +39,7 @@ def look(tasks: int, columns: int, dtype: torch.dtype, device: str, offset: int)
     results.append(ops.combine_flat(jac, weights, sam, weights.flip(0)))
     results.append(ops.project(jac, torch.eye(tasks, dtype=torch.float64, device=device), wide_out))
     results.append(ops.affinity(gram, weights + 1, 0.1))
+    results.append(ops.graddrop_(jac, torch.tensor([7, 0], device=device), leak=weights))
 
     for name in methods.METHODS:
         if tasks >= methods.least_tasks(name):
@@ -83,15 +87,22 @@ def look_beside_float32(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    for dtype in DTYPES:
-        for tasks, columns in SIZES:
-            for offset in (0, 1):
-                look(tasks, columns, dtype, device, offset)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    given = parser.parse_args()
+    device, end = given.device, time.monotonic() + given.seconds
+    seed = int.from_bytes(os.urandom(4), "little")
+    torch.manual_seed(seed)
+    print(f"seed {seed}", flush=True)
+    cases = list(itertools.product((1, 0), DTYPES, SIZES))
+    done = 0
+    for offset, dtype, (tasks, columns) in cases:
+        if time.monotonic() >= end:
+            break
+        look(tasks, columns, dtype, device, offset)
+        done += 1
     if device == "cuda":
         torch.cuda.synchronize()
-    print(f"{len(DTYPES) * len(SIZES) * 2} sizes, every op: no error on {device}")
+    print(f"{done} of {len(cases)} sizes, every op: no error on {device}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flatmtl import cuda_graphs
+
 
 def scale_of(scaler: torch.amp.GradScaler | None, params: Sequence[Tensor]) -> Tensor | None:
     """The scaler's factor, float32 0-dim on the parameters' device; None where nothing is scaled.
@@ -56,8 +58,13 @@ def step(base: Optimizer, told: Optimizer, ok: Tensor | None, *, on_host: bool) 
     fuses = getattr(base, "_step_supports_amp_scaling", False)
     on_device = isinstance(found_inf, Tensor) and found_inf.device.type != "cpu"
     # The read that GradScaler makes for optimizers that cannot decide.
-    if (on_host or not fuses or not on_device) and bool(found_inf):
-        return False
+    if on_host or not fuses or not on_device:
+        cuda_graphs.refuse(
+            "base_optimizer must be fused, and nothing counted or drawn on the host, where a step may be "
+            'skipped (nonfinite="skip", a GradScaler)'
+        )
+        if bool(found_inf):
+            return False
     if fuses:
         fused: dict[str, object] = {"found_inf": found_inf, "grad_scale": scale}
         for name, value in fused.items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flatmtl import cuda_graphs
 from flatmtl.block import Block
 from flatmtl.buffers import BufferKeeper, watch_for_running_statistics
 from flatmtl.columns import Columns, columns_of
@@ -274,6 +275,7 @@ class Engine:
         Returns:
             The passes, with the clean losses.
         """
+        self._check_capture(scale)
         ranks = self.options.ranks
         if ranks is None:
             self._watch.poll()
@@ -333,6 +335,30 @@ class Engine:
             if isinstance(link, RowStep) and link.capture is not None:
                 self._counted = link.capture.all_counts()
             self.row_step = self.one_row_step = self.samo_step = self.turn_step = None
+
+    def _check_capture(self, scale: Tensor | None) -> None:
+        """Refuses what a CUDA graph that is being captured could not hold."""
+        if not cuda_graphs.capturing():
+            return
+        options = self.options
+        if options.ranks is not None:
+            cuda_graphs.refuse(
+                "process_group must be None (several processes speak to their hosts)"
+            )
+        if isinstance(options.sharpness, SAMO) or isinstance(options.strategy, CoopFlat):
+            cuda_graphs.refuse(
+                "sharpness must not be SAMO or CoopFlat, which draw by generators of their own,"
+            )
+        if self.roles is None or self.steps == 0:
+            cuda_graphs.refuse(
+                "a step must have been made before: buffers and states begin with it, and must not"
+            )
+        if options.nonfinite == "raise" and scale is None:
+            warnings.warn(
+                "a task whose gradient is not finite is left out of a captured step, as with "
+                "nonfinite='mask': an exception cannot leave a CUDA graph",
+                stacklevel=outside(),
+            )
 
     def radii(self, groups: Iterable[dict[str, Any]]) -> Radii | None:
         """The radii of the next step; None without sharpness."""

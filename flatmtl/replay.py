@@ -7,11 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from flatmtl import cuda_graphs
+
 State = list[Tensor]  # the CPU's state, then that of each CUDA device
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class Generators:
@@ -22,7 +20,7 @@ class Generators:
 
     def state(self) -> State | None:
         """Their state; None while a CUDA graph is captured, whose generators cannot be read."""
-        if _capturing():
+        if cuda_graphs.capturing():
             return None
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(k) for k in self._cuda)]
 
@@ -54,11 +52,9 @@ class Replay:
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
-        if _capturing():
-            raise RuntimeError(
-                "replay_rng must be off, and no exact AffinityProbe due, while a CUDA graph is captured: its "
-                "generators cannot be set back"
-            )
+        cuda_graphs.refuse(  # its generators cannot be set back
+            "replay_rng must be off, no exact AffinityProbe due and the weighting none that looks back"
+        )
         self._before.append(self._generators.state())
 
     def rewind(self, number: int) -> None:

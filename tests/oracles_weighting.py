@@ -7,6 +7,8 @@ Nothing here imports flatmtl. Two kinds of oracle:
 - solvers by other means (principal pivoting, quadprog, scipy, numpy.linalg, loops over the gradient
   vectors), for a direct comparison of the weights.
 
+quadprog and scipy are looked for where they are used: a machine with a GPU may lack them.
+
 Sums are in long double (64-bit mantissa), so that an oracle's own rounding stays out of the picture.
 """
 
@@ -17,8 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import oracles
-import quadprog
-import scipy.optimize
+import pytest
 from oracles import WIDE, Array
 
 
@@ -253,6 +254,7 @@ def mgda_quadprog(gram: Array) -> Array:
     b = (n.min() / n).astype(np.float64)
     sides = np.concatenate([b[:, None], np.eye(tasks)], axis=1)
     bounds = np.append(1.0, np.zeros(tasks))
+    quadprog = pytest.importorskip("quadprog")
     y = quadprog.solve_qp(c.astype(np.float64), np.zeros(tasks), sides, bounds, 1)[0]
     w = np.maximum(y, 0) * b
     return w / w.sum()
@@ -274,6 +276,7 @@ def dual_proj_quadprog(gram: Array, u: Array) -> Array:
     n, c = scaled(gram)
     scale = float((n * u).max())
     low = (n * u / scale).astype(np.float64)
+    quadprog = pytest.importorskip("quadprog")
     y = quadprog.solve_qp(c.astype(np.float64), np.zeros(len(u)), np.eye(len(u)), low)[0]
     return np.maximum((y * scale / n).astype(np.float64), u)
 
@@ -308,6 +311,7 @@ def pcd_quadprog(jac: Array, s: Array, tau: float) -> Array:
     if tasks == 1:
         return jac[0]
     bounds = tau * (rows[1:] ** 2).sum(axis=1)
+    quadprog = pytest.importorskip("quadprog")
     d = quadprog.solve_qp(np.eye(size), rows[0], rows[1:].T.copy(), bounds)[0]
     return d * np.linalg.norm(jac[0]) / np.linalg.norm(d)
 
@@ -356,7 +360,8 @@ def fair_scipy(gram: Array, alpha: float, c: Array | float = 1.0) -> Array:
         return cosine @ np.exp(v) / (k * np.exp(-v / alpha)) - 1
 
     start = np.log(fair(gram, alpha, c) * n) + 0.01 * np.cos(np.arange(len(n)))
-    found = scipy.optimize.root(equations, start, method="hybr", options={"xtol": 1e-15})
+    optimize = pytest.importorskip("scipy.optimize")
+    found = optimize.root(equations, start, method="hybr", options={"xtol": 1e-15})
     return np.exp(found.x) / n
 
 
@@ -387,7 +392,8 @@ def cagrad(jac: Array, c: float) -> Array:
         high += 1
     while excess(low) > 0:
         low -= 1
-    v, _ = at(scipy.optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14))
+    optimize = pytest.importorskip("scipy.optimize")
+    v, _ = at(optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14))
     return (1 / WIDE(len(jac)) + radius * v / np.sqrt(((v @ jac) ** 2).sum())).astype(np.float64)
 
 

@@ -1,4 +1,5 @@
 // CUDA bindings: gram, row_norms.
+#include "../kernels/row_norms.cuh"
 #include "gram_of.h"
 
 namespace flatmtl::cuda {

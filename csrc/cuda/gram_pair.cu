@@ -1,4 +1,4 @@
-// CUDA binding: gram_pair. Few rows: one kernel that reads them once; more: gram and
+// CUDA binding: gram_pair. One kernel that reads the rows once where there is one; else gram and
 // gram_difference, one after the other.
 #include "gram_of.h"
 
@@ -9,7 +9,8 @@ std::tuple<Tensor, Tensor> gram_pair(const Tensor& sam, const Tensor& jac) {
   check_rows("jac", jac);
   check_same_rows("sam", sam, "jac", jac);
   const int tasks = count_of("jac", jac.size(0));
-  if (tasks > kernels::kPairTasks) return {gram(jac), gram_difference(sam, jac)};
+  if (!kernels::pairs_in_one_sweep(tasks, row_bytes(jac)))
+    return {gram(jac), gram_difference(sam, jac)};
   const int64_t columns = jac.size(1);
   const OnDeviceOf device(jac);
   const Tensor partials = scratch(jac, 2 * kernels::gram_partials(tasks, columns, row_bytes(jac)));

@@ -12,7 +12,7 @@ struct Backend {
     const int64_t tasks = check_square("gram", gram);
     const int64_t batch = batch_of(gram);
     const OnDeviceOf device(gram);
-    const Tensor work = scratch(gram, kernels::solve_scratch<Method>(batch, tasks));
+    const Tensor work = scratch(gram, kernels::solve_scratch(method, batch, tasks));
     const Solved s{fresh(gram, batch_shape(gram, {tasks}), ScalarType::Double),
                    fresh(gram, batch_shape(gram, {}), ScalarType::Long),
                    fresh(gram, batch_shape(gram, {}), ScalarType::Double)};

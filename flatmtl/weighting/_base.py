@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flatmtl import ops
+from flatmtl import cuda_graphs, ops
 from flatmtl.ops._status import (
     FALLBACK,
     INACTIVE_TASK,
@@ -285,6 +285,11 @@ class Stateful(Weighting):
     def _state_for(self, gram: Tensor) -> Tensor:
         """The tensor, made or moved to the Gram matrix's device where needed."""
         held = self._held
+        if held is None or held.device != gram.device:
+            # a replay would begin it again, or copy it again, every time
+            cuda_graphs.refuse(
+                f"{type(self).__name__} must have been called before, on this device,"
+            )
         if held is None:
             self._held = held = self._start(gram)
         elif held.shape != self._size(gram):

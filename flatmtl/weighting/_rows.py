@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatmtl import cuda_graphs
 from flatmtl.weighting._base import Weighting
 from flatmtl.weighting._loss import LossWeighting, WithLosses
 
@@ -92,6 +93,10 @@ class RowState(RowMethod):
         Raises:
             ValueError: it is of rows of another shape.
         """
+        if self._held is None or self._held.device != jac.device:
+            cuda_graphs.refuse(
+                f"{type(self).__name__} must have been called before, on this device,"
+            )
         if self._held is None:
             dtype = self.state_dtype or jac.dtype
             self._held = torch.zeros(jac.shape, dtype=dtype, device=jac.device)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from flatmtl import cuda_graphs
 from flatmtl.ops import _check
 from flatmtl.weighting import _options
 from flatmtl.weighting._base import Scaling, Weighting
@@ -38,6 +39,10 @@ class Seeded(Weighting):
         return torch.tensor([signed, 0], dtype=torch.int64, device=device)
 
     def _rng_on(self, device: torch.device) -> Tensor:
+        if self._rng is None or self._rng.device != device:
+            cuda_graphs.refuse(
+                f"{type(self).__name__} must have been called before, on this device,"
+            )
         if self._rng is None:
             self._rng = self._first(device)
         elif self._rng.device != device:

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -42,6 +43,9 @@ void barrier(const char* file, int line);
 // Puts `mine` up for the warp and returns lane `source`'s value, once all lanes of the warp are
 // here.
 double exchange(double mine, int source, const char* file, int line);
+// mma.m16n8k16, for the lane that calls: c += a b^T. half: float16, else bfloat16.
+void mma(float (&c)[4], const std::array<uint32_t, 4>& a, const std::array<uint32_t, 2>& b,
+         bool half, const char* file, int line);
 void fail(const char* what);
 
 inline void check_aligned(const void* address, size_t bytes) {

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
 #include "cuda_runtime.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -32,9 +34,15 @@ struct Fiber {
   int64_t round = 0;
 };
 
+struct Operands {
+  std::array<uint32_t, 4> a;
+  std::array<uint32_t, 2> b;
+};
+
 struct Warp {
   Meeting meeting;
   double slot[2][32];  // two rounds: a fast lane may be one exchange ahead of a slow one
+  Operands operands[2][32];
 };
 
 std::vector<Fiber> fibers(kMostThreads);
@@ -177,6 +185,54 @@ double exchange(double mine, int source, const char* file, int line) {
   warp.slot[round % 2][t % 32] = mine;
   meet(warp.meeting, file, line);
   return warp.slot[round % 2][source];
+}
+
+namespace {
+
+double half_of(uint32_t word, int k, bool half) {
+  const auto bits = static_cast<uint16_t>(word >> (k * 16));
+  return half ? __half2float(__half{bits}) : __bfloat162float(__nv_bfloat16{bits});
+}
+
+// Worse than any tensor core: every addend is cut to a multiple of the largest one's last place in
+// float32, towards zero, and so is the sum.
+float cut_sum(const double (&addend)[17]) {
+  double plain = 0, largest = 0;
+  for (const double x : addend) {
+    plain += x;
+    largest = std::max(largest, std::fabs(x));
+  }
+  if (largest == 0 || !std::isfinite(plain) || !std::isfinite(largest))
+    return static_cast<float>(plain);
+  const double unit = std::ldexp(1.0, std::max(std::ilogb(largest) - 23, -149));
+  double sum = 0;
+  for (const double x : addend) sum += std::trunc(x / unit) * unit;
+  const auto nearest = static_cast<float>(sum);
+  return std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+}  // namespace
+
+void mma(float (&c)[4], const std::array<uint32_t, 4>& a, const std::array<uint32_t, 2>& b,
+         bool half, const char* file, int line) {
+  const int t = static_cast<int>(threadIdx.x);
+  Warp& warp = warps[t / 32];
+  const int64_t round = warp.meeting.round;
+  warp.operands[round % 2][t % 32] = {a, b};
+  meet(warp.meeting, file, line);
+  const Operands* lanes = warp.operands[round % 2];
+  for (int e = 0; e < 4; ++e) {
+    // PTX: c0, c1 lie in row lane / 4, c2, c3 eight rows below; columns 2 (lane % 4) and one more.
+    const int row = t % 32 / 4 + 8 * (e / 2), col = 2 * (t % 4) + e % 2;
+    double addend[17] = {c[e]};
+    for (int k = 0; k < 16; ++k) {
+      const int owner = k % 8 / 2, later = k / 8;
+      const uint32_t left = lanes[row % 8 * 4 + owner].a[2 * later + row / 8];
+      const uint32_t right = lanes[col * 4 + owner].b[later];
+      addend[k + 1] = half_of(left, k % 2, half) * half_of(right, k % 2, half);
+    }
+    c[e] = cut_sum(addend);
+  }
 }
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes,

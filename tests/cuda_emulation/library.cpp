@@ -10,6 +10,7 @@
 #include "../../csrc/kernels/draw.cuh"
 #include "../../csrc/kernels/graddrop.cuh"
 #include "../../csrc/kernels/gram.cuh"
+#include "../../csrc/kernels/row_norms.cuh"
 #include "../../csrc/kernels/segments.cuh"
 #include "../solver_methods.h"
 
@@ -188,8 +189,7 @@ int emulated_solve(int number, const double* gram, int64_t batch, int64_t tasks,
                    double* state, double* weights, int64_t* status, double* residual) {
   int code = -1;
   with_method(number, {option, order, preference, state}, [&](const auto& method) {
-    using Method = std::decay_t<decltype(method)>;
-    Scratch work(solve_scratch<Method>(batch, tasks));
+    Scratch work(solve_scratch(method, batch, tasks));
     code = solve(method, gram, batch, tasks, work.data(), weights, status, residual, nullptr);
   });
   return code;
