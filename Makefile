@@ -4,6 +4,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 TORCH ?= torch==2.13.0
+# What a wheel is tried with: the oldest and the newest. Where pip's index has no CPU build of them the
+# CUDA build comes, which takes 7 GB each and works without a GPU.
+SMOKE ?= torch==2.10.0 torch==2.15.0
+CUDA ?= 13.0
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= $(shell nproc)
@@ -12,13 +16,16 @@ RUN := $(BIN)/python
 # Quiet, and no prompts; installs are idempotent and fast when nothing changed.
 PIP := $(RUN) -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo test bench bench-quick lint cuda-check install clean
+.PHONY: help demo test bench bench-quick lint cuda-check install wheel wheel-check sdist clean
 help:
 	@echo "make demo        train FS-MTL on real images beside the plain method (about 6 minutes)"
 	@echo "make test        build and run the tests"
 	@echo "make bench       kernels and aggregation against pure PyTorch and peers -> docs/benchmarks.md"
 	@echo "make bench-quick the same on small sizes, in about a minute; writes nothing"
 	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make wheel       dist/*.whl for CUDA=13.0 (13.2; 12.8, 12.6 by clang-19), audited, tried with SMOKE=torches"
+	@echo "make wheel-check pack what is compiled already; audited and tried with TORCH, in build/check/"
+	@echo "make sdist       dist/*.tar.gz, installed without nvcc and tried"
 	@echo "make cuda-check  compile the CUDA library for every architecture; fails on a spill"
 	@echo "variables: TORCH ($(TORCH)), PYTHON, VENV, FLATMTL_CUDA=0|1|auto, WORKERS ($(WORKERS)) of make test"
 
@@ -58,11 +65,20 @@ lint: install
 	$(RUN) -m mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-# No kernel may spill or have a stack frame; gram and combine must load 16 bytes at a time.
+# No kernel may spill or have a stack frame; loops over rows must load 16 bytes at a time.
 cuda-check: export FLATMTL_CUDA = 1
 cuda-check: install
 	$(PIP) --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(RUN) bench/ptxas_report.py build/native-*/cuda | tail -n 4
+
+wheel: $(VENV)/.torch
+	BIN=$(BIN) SMOKE="$(SMOKE)" .ci/wheel $(CUDA)
+
+wheel-check: install
+	BIN=$(BIN) SMOKE="$(TORCH)" .ci/wheel built
+
+sdist: $(VENV)/.torch
+	BIN=$(BIN) SMOKE="$(TORCH)" .ci/sdist
 
 clean:
 	rm -rf build dist *.egg-info flatmtl/*.so

@@ -9,13 +9,17 @@ Three shared objects, by one ninja file:
 FLATMTL_CUDA=auto (default)  builds the CUDA library if nvcc is found
              1               fails without nvcc
              0               leaves it out
-TORCH_CUDA_ARCH_LIST         architectures, default "8.0;9.0;10.0;12.0+PTX"
+FLATMTL_CUDA_CLANG           a clang++ that compiles CUDA in nvcc's place, with the toolkit in CUDA_HOME:
+                             for CUDA 12, of which PyPI has no nvcc (.ci/toolkit.py lays it out)
+TORCH_CUDA_ARCH_LIST         architectures, default "8.0;9.0;10.0;12.0+PTX", of clang "8.0;9.0+PTX"
 MAX_JOBS                     compile jobs at once
+FLATMTL_LOCAL_VERSION        goes behind the version, as in 0.1.0+cu130; the build has its own folder then
 
 Without a C++ compiler the package installs as pure Python and runs on its reference operators.
 Whether a GPU is there at build time plays no part.
 """
 
+import json
 import os
 import platform
 import re
@@ -29,10 +33,17 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+INIT = ROOT / "flatmtl" / "__init__.py"
+BASE = re.search(r'^__version__ = "(.+)"$', INIT.read_text(), re.MULTILINE)[1]
+LOCAL = os.environ.get("FLATMTL_LOCAL_VERSION", "")
+VERSION = f"{BASE}+{LOCAL}" if LOCAL else BASE
 ARCHS = "8.0;9.0;10.0;12.0+PTX"
+CLANG_ARCHS = "8.0;9.0+PTX"  # clang 19 knows no later ones: they run the PTX
 CXX = shlex.split(os.environ.get("CXX") or "g++")
+HOST = next(word for word in reversed(CXX) if not word.startswith("-"))  # past ccache and such
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 WARN = "-Wall -Wextra -Wno-maybe-uninitialized"  # gcc's own AVX-512 headers trip the last one
 ISA_FLAGS = {
@@ -50,11 +61,12 @@ def find_nvcc() -> Path | None:
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit, as its nvcc describes it."""
+    """A CUDA toolkit, and what compiles with it."""
 
-    nvcc: Path
     version: str  # as in "13.0"
-    libraries: Path  # where the static CUDA runtime lies
+    compiler: str  # nvcc, or clang++ with the flags that make it one
+    archs: str  # as in "8.0;9.0+PTX"
+    link: str  # the CUDA runtime, for the linker
 
 
 def wanted_toolkit() -> Toolkit | None:
@@ -62,13 +74,16 @@ def wanted_toolkit() -> Toolkit | None:
     choice = os.environ.get("FLATMTL_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         sys.exit(f"FLATMTL_CUDA must be 0, 1 or auto, got {choice!r}")
+    clang = os.environ.get("FLATMTL_CUDA_CLANG")
+    if clang and choice != "0":
+        return clang_toolkit(clang, Path(os.environ.get("CUDA_HOME") or "?"))
     nvcc = None if choice == "0" else find_nvcc()
     if choice == "1" and nvcc is None:
         sys.exit("FLATMTL_CUDA=1 needs nvcc: none in CUDA_HOME/bin nor on the PATH")
     if nvcc is None:
         return None
     try:
-        return read_toolkit(nvcc)
+        return nvcc_toolkit(nvcc)
     except (RuntimeError, subprocess.CalledProcessError) as problem:
         if choice == "1":
             sys.exit(f"FLATMTL_CUDA=1: {problem}")
@@ -76,7 +91,7 @@ def wanted_toolkit() -> Toolkit | None:
         return None
 
 
-def read_toolkit(nvcc: Path) -> Toolkit:
+def nvcc_toolkit(nvcc: Path) -> Toolkit:
     """Asks nvcc, which may be a wrapper on the PATH, for its release and its place."""
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     version = text.split("release ")[1].split(",")[0]
@@ -85,14 +100,48 @@ def read_toolkit(nvcc: Path) -> Toolkit:
     dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     top = next((ln.split("=", 1)[1] for ln in dry.splitlines() if ln.startswith("#$ TOP=")), "?")
     for folder in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib"):
-        if (Path(top) / folder / "libcudart_static.a").exists():
-            return Toolkit(nvcc, version, (Path(top) / folder).resolve())
+        libraries = (Path(top) / folder).resolve()
+        if (libraries / "libcudart_static.a").exists():
+            archs = wanted_archs(ARCHS)
+            compiler = (
+                f"{nvcc} -ccbin {HOST} -Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"
+                f" -Xptxas -v --compress-mode=size {gencode(archs)}"
+            )
+            link = f"-L{libraries} -lcudart_static -ldl -lrt -lpthread"
+            return Toolkit(version, compiler, archs, link)
     raise RuntimeError(f"{nvcc} is there, but no libcudart_static.a in its toolkit {top}")
 
 
-def wanted_archs() -> str:
+def clang_toolkit(clang: str, home: Path) -> Toolkit:
+    """What is asked for by name: a missing part ends the build. The runtime is the shared one."""
+    if shutil.which(clang) is None:
+        sys.exit(f"FLATMTL_CUDA_CLANG={clang} is not on the PATH")
+    about = home / "version.json"
+    if not about.exists():
+        sys.exit(f"FLATMTL_CUDA_CLANG needs a CUDA toolkit in CUDA_HOME: there is no {about}")
+    version = ".".join(json.loads(about.read_text())["cuda"]["version"].split(".")[:2])
+    archs = wanted_archs(CLANG_ARCHS)
+    compiler = (
+        f"{clang} -x cuda --cuda-path={home} -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
+        f" -Wno-unknown-cuda-version -Xcuda-ptxas -v {clang_archs(archs)}"
+    )
+    return Toolkit(version, compiler, archs, f"-L{home}/lib64 -lcudart")
+
+
+def clang_archs(archs: str) -> str:
+    """clang's flags for a list like "8.0;9.0+PTX"."""
+    flags = ["--no-cuda-include-ptx=all"]
+    for entry in archs.replace(";", " ").split():
+        arch = "sm_" + entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"--cuda-gpu-arch={arch}")
+        if entry.endswith("+PTX"):
+            flags.append(f"--cuda-include-ptx={arch}")
+    return " ".join(flags)
+
+
+def wanted_archs(default: str) -> str:
     """TORCH_CUDA_ARCH_LIST, or the default; refused where the kernels cannot be compiled for it."""
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
     for entry in archs.replace(";", " ").split():
         found = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", entry)
         if found is None:
@@ -125,12 +174,11 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     torch_include = f"-isystem {torch_dir}/include"
     torch_link = f"-L{torch_dir}/lib -Wl,--no-as-needed -ltorch_cpu"
     cuda = wanted_toolkit()
-    archs = wanted_archs() if cuda else ""
+    archs = cuda.archs if cuda else ""
     info = {"TORCH": torch.__version__, "CUDA": cuda.version if cuda else "", "ARCHS": archs}
     defines = " ".join(f"-DFLATMTL_BUILD_{k}='\"{v}\"'" for k, v in info.items())
     python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
     cxx = " ".join(CXX)
-    host = next(word for word in reversed(CXX) if not word.startswith("-"))  # past ccache and such
     common = "-std=c++17 -O3 -fPIC -fvisibility=hidden -DNDEBUG"
     lines = [
         "ninja_required_version = 1.5",
@@ -154,21 +202,20 @@ def ninja_file(build: Path, out: Path, core: Path) -> str:
     lines.append(f"build {core}: link {module}\n  libs = -Wl,--unresolved-symbols=ignore-all")
     if cuda:
         lines += [
-            f"rule nvcc\n  command = {cuda.nvcc} -ccbin {host} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
-            " -Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden -Xptxas -v"
-            f" --compress-mode=size {gencode(archs)} $flags -c $in -o $out"
-            " 2> $out.log || (cat $out.log >&2; false)\n  depfile = $out.d\n  deps = gcc",
+            f"rule cuda\n  command = {cuda.compiler} -MMD -MF $out.d -std=c++17 -O3 -DNDEBUG"
+            " $flags -c $in -o $out 2> $out.log || (cat $out.log >&2; false)\n"
+            "  depfile = $out.d\n  deps = gcc",
             f"rule stub\n  command = {cxx} -x c -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out",
             f"build {build}/stub/libtorch_cuda.so: stub {ROOT}/csrc/cuda/stub.c",
         ]
         facts = f"-DFLATMTL_BUILD_ARCHS='\"{archs}\"'"
         objects = compile_all(
-            "cuda", "*.cu", "nvcc", f"{STABLE} -DUSE_CUDA {facts} {torch_include}"
+            "cuda", "*.cu", "cuda", f"{STABLE} -DUSE_CUDA {facts} {torch_include}"
         )
         lines.append(
             f"build {out}/libflatmtl_cuda.so: link {objects} | {build}/stub/libtorch_cuda.so\n"
             f"  libs = {torch_link} -L{build}/stub -ltorch_cuda -Wl,--as-needed,--exclude-libs,ALL"
-            f" -L{cuda.libraries} -lcudart_static -ldl -lrt -lpthread"
+            f" {cuda.link}"
         )
     return "\n".join(lines) + "\n"
 
@@ -186,7 +233,8 @@ class NinjaBuild(build_ext):
             )
             return
         # In the source tree, not in pip's temporary folder: ninja then compiles only what changed.
-        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        name = f"wheel-{LOCAL}" if LOCAL else "native"
+        build = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}"
         if " " in str(ROOT):
             sys.exit(f"flatmtl must be built in a path without spaces, got {ROOT}")
         build.mkdir(parents=True, exist_ok=True)
@@ -205,4 +253,19 @@ class NinjaBuild(build_ext):
         return [str(p) for p in folder.glob("*.so")]
 
 
-setup(ext_modules=[Extension("flatmtl._core", sources=[])], cmdclass={"build_ext": NinjaBuild})
+class StampedPy(build_py):
+    """Writes the local version into the copy of the package that goes into a wheel."""
+
+    def run(self) -> None:
+        """Copies the package; flatmtl.__version__ then is the wheel's version."""
+        super().run()
+        if not self.editable_mode:
+            stamped = INIT.read_text().replace(f'"{BASE}"', f'"{VERSION}"')
+            (Path(self.build_lib) / "flatmtl" / "__init__.py").write_text(stamped)
+
+
+setup(
+    version=VERSION,
+    ext_modules=[Extension("flatmtl._core", sources=[])],
+    cmdclass={"build_ext": NinjaBuild, "build_py": StampedPy},
+)

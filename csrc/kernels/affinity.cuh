@@ -6,6 +6,8 @@
 // Determinism: elementwise.
 #pragma once
 
+#include <cmath>
+
 #include "reduce.cuh"
 
 namespace flatmtl::kernels {
@@ -18,7 +20,7 @@ static __global__ void __launch_bounds__(kThreads)
   if (index >= tasks * tasks) return;
   const double loss = losses[index / tasks];
   const bool sound = loss > 0 && loss - loss == 0;
-  out[index] = sound ? lr * gram[index] / loss : nan("");
+  out[index] = sound ? lr * gram[index] / loss : NAN;
 }
 
 inline cudaError_t affinity(const double* gram, const double* losses, int64_t tasks, double lr,

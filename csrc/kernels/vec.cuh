@@ -84,6 +84,21 @@ __device__ inline Pack<T, N> load_pack(const T* address) {
   return pack_of<T, N>(*reinterpret_cast<const typename Pack<T, N>::Bits*>(address));
 }
 
+#if defined(__clang__) && defined(__CUDA__)  // clang's headers leave __ldcs out
+__device__ inline int4 __ldcs(const int4* address) {
+  int4 bits;
+  asm volatile("ld.global.cs.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(address));
+  return bits;
+}
+__device__ inline int2 __ldcs(const int2* address) {
+  int2 bits;
+  asm volatile("ld.global.cs.v2.s32 {%0, %1}, [%2];" : "=r"(bits.x), "=r"(bits.y) : "l"(address));
+  return bits;
+}
+#endif
+
 // For data touched once: evicted first, so that it does not push out what is read again.
 template <class T, int N = kPackOf<T>>
 __device__ inline Pack<T, N> load_pack_stream(const T* address) {
