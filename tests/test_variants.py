@@ -1,0 +1,93 @@
+"""The kernels of bench/variants, run on the CPU by tests/cuda_emulation, against float64."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench" / "variants").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+
+from bench.variants import check
+from bench.variants.library import Library, build_emulated, gram_variants
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulation")
+
+DTYPES = (torch.float32, torch.bfloat16)
+GUARD = 16
+UPDATES = [("sgd", options) for options in check.SGD]
+UPDATES += [("adamw", options) for options in check.ADAMW]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return Library(build_emulated(tmp_path_factory.mktemp("variants")), "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tasks", check.TASKS)
+def test_gram(library, tasks, dtype):
+    """Rows aligned and not, a tail of columns, fewer columns than a pack, in three orders of threads."""
+    for n, columns in enumerate((1031, 1031, 2304, 5)):
+        library.order(n % 3, tasks)
+        jac = check.rows(tasks + n, columns, dtype, "cpu")[:tasks]
+        for variant in gram_variants(tasks, dtype):
+            got = library.gram(variant, jac)
+            assert torch.equal(got, got.T)
+            assert check.gram_error(got, jac) <= check.LIMIT, (variant, columns)
+            assert torch.equal(got, library.gram(variant, jac))
+
+
+def test_gram_of_no_columns_is_zero(library):
+    jac = torch.empty(12, 0)
+    for variant in gram_variants(12, torch.float32):
+        assert torch.equal(library.gram(variant, jac), torch.zeros(12, 12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tasks", [9, 32])
+def test_async_lanes_end_at_their_limit(library, tasks):
+    """Beyond 128 terms a lane the sums go on in double: as exact as in many chunks."""
+    columns = 128 * 70 + 3
+    library.order(2, tasks)
+    jac = torch.rand(tasks, columns)  # all positive: a longer float32 sum would show
+    got = torch.zeros(tasks, tasks, dtype=torch.float64)
+    rows, cols = torch.triu_indices(tasks, tasks)
+    got[rows, cols] = library.async_chunk(jac)
+    upper = (jac.double() @ jac.double().T).triu()
+    assert ((got - upper).abs() <= 2.0**-23 * upper).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name, options", UPDATES)
+def test_update_is_torchs(library, name, options, dtype):
+    """Five steps; parameters and state aligned and not; nothing is written beside them."""
+    for n, (tasks, columns, shift) in enumerate(
+        [(1, 4096, 0), (2, 2053, 0), (3, 2053, 1), (5, 3, 0), (600, 70, 2)]
+    ):
+        library.order(n % 3, n)
+        jac = check.rows(tasks, columns, dtype, "cpu").clone()
+        weights = torch.linspace(-0.5, 1, tasks, dtype=torch.float64) / tasks
+        if tasks > 2:  # a row that is left out
+            weights[1] = 0
+            jac[1] = torch.nan
+        held = torch.full((1 + check.STATES[name], columns + 2 * GUARD), 77.0)
+        part = slice(GUARD + shift, GUARD + shift + columns)
+        params, *state = held[:, part]
+        params[:] = torch.linspace(-1, 1, columns)
+        for values in state:
+            values[:] = 0
+        error = check.step_error(library, jac, weights, params, state, name, options)
+        assert error <= check.STEP_LIMIT, (tasks, columns, shift)
+        beside = torch.ones(columns + 2 * GUARD, dtype=torch.bool)
+        beside[part] = False
+        assert (held[:, beside] == 77).all()
+
+
+def test_sgd_does_not_read_its_buffer_in_the_first_step(library):
+    jac, weights = torch.ones(1, 9), torch.ones(1, dtype=torch.float64)
+    params, buffer = torch.zeros(9), torch.full((9,), torch.nan)
+    library.combine_sgd(jac, weights, params, buffer, library.factors(), lr=0.5, momentum=0.9)
+    assert torch.equal(params, torch.full((9,), -0.5))
+    assert torch.equal(buffer, torch.ones(9))
