@@ -6,17 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / "bench" / "variants").is_dir():
-    pytest.skip("the benchmarks are not here", allow_module_level=True)
-
-from bench.variants import check
+from bench.variants import check, model
 from bench.variants.library import Library, build_emulated, gram_variants
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulation")
 
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16)
-GUARD = 16
+GUARD = 2048  # floats: more than a block takes at once
 UPDATES = [("sgd", options) for options in check.SGD]
 UPDATES += [("adamw", options) for options in check.ADAMW]
 
@@ -72,7 +69,8 @@ def test_update_is_torchs(library, name, options, dtype):
         if tasks > 2:  # a row that is left out
             weights[1] = 0
             jac[1] = torch.nan
-        held = torch.full((1 + check.STATES[name], columns + 2 * GUARD), 77.0)
+        width = -(-columns // 4) * 4 + 2 * GUARD  # every row of it is aligned
+        held = torch.full((1 + check.STATES[name], width), 77.0)
         part = slice(GUARD + shift, GUARD + shift + columns)
         params, *state = held[:, part]
         params[:] = torch.linspace(-1, 1, columns)
@@ -80,7 +78,7 @@ def test_update_is_torchs(library, name, options, dtype):
             values[:] = 0
         error = check.step_error(library, jac, weights, params, state, name, options)
         assert error <= check.STEP_LIMIT, (tasks, columns, shift)
-        beside = torch.ones(columns + 2 * GUARD, dtype=torch.bool)
+        beside = torch.ones(width, dtype=torch.bool)
         beside[part] = False
         assert (held[:, beside] == 77).all()
 
@@ -91,3 +89,12 @@ def test_sgd_does_not_read_its_buffer_in_the_first_step(library):
     library.combine_sgd(jac, weights, params, buffer, library.factors(), lr=0.5, momentum=0.9)
     assert torch.equal(params, torch.full((9,), -0.5))
     assert torch.equal(buffer, torch.ones(9))
+
+
+def test_the_page_has_the_models_tables(capsys):
+    model.main()
+    page = (ROOT / "bench" / "variants" / "README.md").read_text()
+    tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 4
+    for table in tables:
+        assert table.strip() in page
