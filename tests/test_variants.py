@@ -60,8 +60,8 @@ def test_async_lanes_end_at_their_limit(library, tasks):
 @pytest.mark.parametrize("name, options", UPDATES)
 def test_update_is_torchs(library, name, options, dtype):
     """Five steps; parameters and state aligned and not; nothing is written beside them."""
-    for n, (tasks, columns, shift) in enumerate(
-        [(1, 4096, 0), (2, 2053, 0), (3, 2053, 1), (5, 3, 0), (600, 70, 2)]
+    for n, (tasks, columns, shift, state_shift) in enumerate(
+        [(1, 4096, 0, 0), (2, 2053, 0, 0), (3, 2053, 0, 1), (5, 3, 0, 0), (600, 2070, 2, 0)]
     ):
         library.order(n % 3, n)
         jac = check.rows(tasks, columns, dtype, "cpu").clone()
@@ -71,16 +71,16 @@ def test_update_is_torchs(library, name, options, dtype):
             jac[1] = torch.nan
         width = -(-columns // 4) * 4 + 2 * GUARD  # every row of it is aligned
         held = torch.full((1 + check.STATES[name], width), 77.0)
-        part = slice(GUARD + shift, GUARD + shift + columns)
-        params, *state = held[:, part]
-        params[:] = torch.linspace(-1, 1, columns)
-        for values in state:
-            values[:] = 0
-        error = check.step_error(library, jac, weights, params, state, name, options)
-        assert error <= check.STEP_LIMIT, (tasks, columns, shift)
-        beside = torch.ones(width, dtype=torch.bool)
-        beside[part] = False
-        assert (held[:, beside] == 77).all()
+        beside = torch.ones_like(held, dtype=torch.bool)
+        arrays = []
+        for k, values in enumerate(held):
+            first = GUARD + (state_shift if k else shift)
+            arrays.append(values[first : first + columns])
+            beside[k, first : first + columns] = False
+            arrays[k][:] = 0 if k else torch.linspace(-1, 1, columns)
+        error = check.step_error(library, jac, weights, arrays[0], arrays[1:], name, options)
+        assert error <= check.STEP_LIMIT, (tasks, columns)
+        assert (held[beside] == 77).all()
 
 
 def test_sgd_does_not_read_its_buffer_in_the_first_step(library):

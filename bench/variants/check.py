@@ -24,9 +24,7 @@ ADAMW = (
     {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
 )
 LIMIT = 4 * 2.0**-23  # of an entry of G, relative to the norms of its two rows: a few roundings
-STEP_LIMIT = (
-    4 * 2.0**-24
-)  # of parameters after STEPS steps, relative to their norm: a rounding each
+STEP_LIMIT = 8 * 2.0**-24  # of parameters after STEPS steps, relative to their norm: a few too
 
 
 def gram_error(got: Tensor, jac: Tensor) -> float:
