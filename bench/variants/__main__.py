@@ -59,7 +59,7 @@ def captured(call: Call) -> Call:
 
 
 def update_contest(library: Library, jac: Tensor, name: str) -> Contest:
-    """combine and torch's fused optimizer after it, beside the variant; bytes: the variant's."""
+    """combine, then torch's fused optimizer, as flatmtl; beside it the variant, whose bytes are counted."""
     tasks, columns = jac.shape
     given = (check.SGD if name == "sgd" else check.ADAMW)[0]
     options: dict[str, Any] = dict(given)
