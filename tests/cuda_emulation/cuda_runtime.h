@@ -46,6 +46,14 @@ double exchange(double mine, int source, const char* file, int line);
 // mma.m16n8k16, for the lane that calls: c += a b^T. half: float16, else bfloat16.
 void mma(float (&c)[4], const std::array<uint32_t, 4>& a, const std::array<uint32_t, 2>& b,
          bool half, const char* file, int line);
+// mma.m16n8k8 of tf32 operands, whose 13 last bits are not read.
+void mma_tf32(float (&c)[4], const std::array<uint32_t, 4>& a, const std::array<uint32_t, 2>& b,
+              const char* file, int line);
+// cp.async of the thread that calls: until it has waited for a copy there are NaNs at `to`. Of
+// `from`, `count` bytes are read; the rest of `bytes` becomes zero.
+void copy_async(void* to, const void* from, size_t bytes, size_t count);
+void commit_copies();
+void wait_copies(int left);  // until at most so many of the groups committed last are on their way
 void fail(const char* what);
 
 inline void check_aligned(const void* address, size_t bytes) {

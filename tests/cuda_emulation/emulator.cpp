@@ -26,11 +26,18 @@ struct Meeting {
   int line = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, count;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack;
   ucontext_t context;
   bool done = true;
-  const Meeting* waits = nullptr;  // for the round after `round`
+  std::vector<std::vector<Copy>> copies;  // on their way, by group; the last is not yet committed
+  const Meeting* waits = nullptr;         // for the round after `round`
   int64_t round = 0;
 };
 
@@ -101,6 +108,7 @@ void start(int t) {
   if (!fiber.stack) fiber.stack.reset(new char[kStack]);
   fiber.done = false;
   fiber.waits = nullptr;
+  fiber.copies.assign(1, {});
 #if defined(__x86_64__)
   auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStack) & ~uintptr_t{15};
   auto* slot = reinterpret_cast<void**>(top) - 2;
@@ -196,7 +204,8 @@ double half_of(uint32_t word, int k, bool half) {
 
 // Worse than any tensor core: every addend is cut to a multiple of the largest one's last place in
 // float32, towards zero, and so is the sum.
-float cut_sum(const double (&addend)[17]) {
+template <size_t N>
+float cut_sum(const double (&addend)[N]) {
   double plain = 0, largest = 0;
   for (const double x : addend) {
     plain += x;
@@ -211,16 +220,29 @@ float cut_sum(const double (&addend)[17]) {
   return std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
+// The operands of all lanes, once all are here.
+const Operands* operands_of_warp(const Operands& mine, const char* file, int line) {
+  const int t = static_cast<int>(threadIdx.x);
+  Warp& warp = warps[t / 32];
+  const int64_t round = warp.meeting.round;
+  warp.operands[round % 2][t % 32] = mine;
+  meet(warp.meeting, file, line);
+  return warp.operands[round % 2];
+}
+
+double tf32_of(uint32_t word) {
+  float value;
+  word &= 0xFFFFE000u;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
 }  // namespace
 
 void mma(float (&c)[4], const std::array<uint32_t, 4>& a, const std::array<uint32_t, 2>& b,
          bool half, const char* file, int line) {
   const int t = static_cast<int>(threadIdx.x);
-  Warp& warp = warps[t / 32];
-  const int64_t round = warp.meeting.round;
-  warp.operands[round % 2][t % 32] = {a, b};
-  meet(warp.meeting, file, line);
-  const Operands* lanes = warp.operands[round % 2];
+  const Operands* lanes = operands_of_warp({a, b}, file, line);
   for (int e = 0; e < 4; ++e) {
     // PTX: c0, c1 lie in row lane / 4, c2, c3 eight rows below; columns 2 (lane % 4) and one more.
     const int row = t % 32 / 4 + 8 * (e / 2), col = 2 * (t % 4) + e % 2;
@@ -232,6 +254,44 @@ void mma(float (&c)[4], const std::array<uint32_t, 4>& a, const std::array<uint3
       addend[k + 1] = half_of(left, k % 2, half) * half_of(right, k % 2, half);
     }
     c[e] = cut_sum(addend);
+  }
+}
+
+void mma_tf32(float (&c)[4], const std::array<uint32_t, 4>& a, const std::array<uint32_t, 2>& b,
+              const char* file, int line) {
+  const int t = static_cast<int>(threadIdx.x);
+  const Operands* lanes = operands_of_warp({a, b}, file, line);
+  for (int e = 0; e < 4; ++e) {
+    // PTX: c as above; lane 4 g + t holds columns t and t + 4 of a's rows g, g + 8 and of b's row
+    // g.
+    const int row = t % 32 / 4 + 8 * (e / 2), col = 2 * (t % 4) + e % 2;
+    double addend[9] = {c[e]};
+    for (int k = 0; k < 8; ++k) {
+      const int owner = k % 4, later = k / 4;
+      addend[k + 1] = tf32_of(lanes[row % 8 * 4 + owner].a[2 * later + row / 8]) *
+                      tf32_of(lanes[col * 4 + owner].b[later]);
+    }
+    c[e] = cut_sum(addend);
+  }
+}
+
+void copy_async(void* to, const void* from, size_t bytes, size_t count) {
+  check_aligned(to, bytes);
+  check_aligned(from, bytes);
+  std::memset(to, 0xFF, bytes);
+  fibers[current].copies.back().push_back({to, from, bytes, count});
+}
+
+void commit_copies() { fibers[current].copies.emplace_back(); }
+
+void wait_copies(int left) {
+  auto& groups = fibers[current].copies;
+  while (static_cast<int>(groups.size()) - 1 > left) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, copy.bytes);
+      std::memcpy(copy.to, copy.from, copy.count);
+    }
+    groups.erase(groups.begin());
   }
 }
 

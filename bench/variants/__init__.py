@@ -1,0 +1,1 @@
+"""Kernels that were tried and are not shipped: see README.md."""
