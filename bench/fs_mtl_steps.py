@@ -67,7 +67,7 @@ class Entrant:
             model=self.network,
         )
         if rho is not None and flat_order is not None:
-            optimizer.flat_weighting = flatmtl.weighting.PCGrad(order=flat_order)
+            optimizer.flat_weighting.order = flat_order.clone()
         return optimizer.step
 
     def losses(self, tasks: Sequence[int] | None = None) -> list[Tensor]:

@@ -239,6 +239,13 @@ class MultiTaskOptimizer(Optimizer):
         for group in self.param_groups:
             self._default_radii(group)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in self._SAVED.values() and "_engine" in self.__dict__:
+            raise AttributeError(
+                f"{name} must be there when the optimizer is made: steps would not see it"
+            )
+        super().__setattr__(name, value)
+
     def _start_anew(self) -> None:
         """What a copy does not inherit: buffers are made again at its first step."""
         named = {name: self.__dict__[attribute] for name, attribute in self._SAVED.items()}

@@ -276,3 +276,17 @@ def test_a_further_micro_batch_takes_the_weighting_back(weighting, rng):
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-7, atol=1e-9)
     np.testing.assert_allclose(values(problem.shared), values(other.shared), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["weighting", "flat_weighting", "outer_weighting"])
+def test_a_weighting_is_not_swapped_later(name):
+    """The engine holds what it was made with: a new one would be without effect, and say nothing."""
+    net = nn.Linear(3, 2)
+    opt = MultiTaskOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        weighting=PCGrad(),
+        sharpness=SAM(0.05),
+    )
+    with pytest.raises(AttributeError, match=name):
+        setattr(opt, name, Mean())
+    assert isinstance(copy.deepcopy(opt).weighting, PCGrad)

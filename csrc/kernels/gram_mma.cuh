@@ -33,16 +33,16 @@ constexpr int kMmaUnroll = kBlocks == 2            ? (kSam ? 2 : 4)
                            : kBlocks == 4 && !kSam ? 2
                                                    : 1;
 
-// Whether a step's packs are on their way while the one before is summed. Not where the registers
-// would not do: there the other warps' packs are.
-template <int kBlocks, bool kSam>
-constexpr bool kMmaAhead = kBlocks <= 4 || !kSam;
+// Whether a step's packs are on their way while the one before is summed. Not where many rows are
+// split, which leaves no registers: there the packs of other warps are.
+template <class T, int kBlocks, bool kSam>
+constexpr bool kMmaAhead = kBlocks <= 4 || (sizeof(T) == 2 && !kSam);
 
 // Blocks a multiprocessor should hold: as many as the sums' registers allow.
 template <int kBlocks, Of kOf>
-constexpr int kMmaResident = kBlocks == 2 && kOf != Of::kBoth ? 4
-                             : kBlocks <= 6                   ? 3
-                                                              : 2;
+constexpr int kMmaResident = kBlocks == 2 && kOf != Of::kBoth   ? 4
+                             : kBlocks == 2 || kOf != Of::kBoth ? (kBlocks == 8 ? 2 : 3)
+                                                                : 2;
 
 // A pack of a row in half precision: an operand as it is.
 template <class T>
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaResident<kBlocks, kOf>)
                     StripPlan plan, double* partials) {
   constexpr bool kSam = kOf != Of::kRows;
   constexpr int kPack = Pack<T>::kSize, kUnroll = kMmaUnroll<kBlocks, kSam>;
-  constexpr bool kAhead = kMmaAhead<kBlocks, kSam>;
+  constexpr bool kAhead = kMmaAhead<T, kBlocks, kSam>;
   constexpr int kWide = kAhead ? kPack : 4;   // columns of a pack here
   constexpr int kPerRun = 2 * kPack / kWide;  // packs of a lane in a warp's run of 128 bytes
   constexpr int kTiles = kMmaTiles<kBlocks>, kMatrices = kOf == Of::kBoth ? 2 : 1;
