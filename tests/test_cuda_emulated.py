@@ -310,6 +310,14 @@ def test_gram_layouts_give_the_same_bits(emu, rng):
             assert np.array_equal(gram(emu, "float32", moved, tasks, 2053), expected)
 
 
+@pytest.mark.parametrize("tasks", [3, 8, 16, 40, 64])
+def test_float32_gram_is_wrong_by_two_roundings_at_most(built, rng, tasks):
+    """Of G to float32, that is, also with tensor cores that cut off more than real ones."""
+    jac, j = matrix(rng, tasks, 2053, "float32")
+    exact = higher(j) @ higher(j).T
+    assert relative(gram(built, "float32", jac, tasks, 2053), exact) <= 2 * 2.0**-24
+
+
 def test_gram_keeps_a_nan_in_its_row_and_column(emu, rng):
     for tasks in (4, 20):
         jac, _ = matrix(rng, tasks, 1100, "float32")

@@ -34,9 +34,15 @@ constexpr int kMmaUnroll = kBlocks == 2            ? (kSam ? 2 : 4)
                                                    : 1;
 
 // Whether a step's packs are on their way while the one before is summed. Not where many rows are
-// split, which leaves no registers: there the packs of other warps are.
+// split and that leaves no registers (differences; on sm_80, which has no others for addresses, the
+// rows too): there the packs of other warps are.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kSplitAhead = false;
+#else
+constexpr bool kSplitAhead = true;
+#endif
 template <class T, int kBlocks, bool kSam>
-constexpr bool kMmaAhead = kBlocks <= 4 || (sizeof(T) == 2 && !kSam);
+constexpr bool kMmaAhead = kBlocks <= 4 || (!kSam && (sizeof(T) == 2 || kSplitAhead));
 
 // Blocks a multiprocessor should hold: as many as the sums' registers allow.
 template <int kBlocks, Of kOf>
