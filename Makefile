@@ -69,7 +69,9 @@ lint: install
 cuda-check: export FLATMTL_CUDA = 1
 cuda-check: install
 	$(PIP) --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(RUN) bench/ptxas_report.py build/native-*/cuda | tail -n 4
+	$(RUN) bench/ptxas_report.py build/native-*/cuda --markdown build/kernels_static.md | tail -n 4
+	diff -q docs/kernels_static.md build/kernels_static.md || \
+	  { echo "docs/kernels_static.md must be what CUDA 13.0 makes of the kernels: copy build/kernels_static.md there"; exit 1; }
 
 wheel: $(VENV)/.torch
 	BIN=$(BIN) SMOKE="$(SMOKE)" .ci/wheel $(CUDA)

@@ -27,6 +27,17 @@ def scale_of(scaler: torch.amp.GradScaler | None, params: Sequence[Tensor]) -> T
     return scale
 
 
+def _check_begun(base: Optimizer) -> None:
+    """A state that begins inside a CUDA graph would begin again at every replay."""
+    for group in base.param_groups if base.state else ():
+        for param in group["params"]:
+            if param.grad is not None and param not in base.state:
+                cuda_graphs.refuse(
+                    "base_optimizer must have a state for every parameter with a gradient (a step with "
+                    f"all tasks must have been made), got none for one of shape {list(param.shape)}"
+                )
+
+
 def step(base: Optimizer, told: Optimizer, ok: Tensor | None, *, on_host: bool) -> bool:
     """The base optimizer's step, unless gradients are not finite.
 
@@ -43,6 +54,8 @@ def step(base: Optimizer, told: Optimizer, ok: Tensor | None, *, on_host: bool) 
     Raises:
         RuntimeError: ``backward`` did not know of the scaler.
     """
+    if cuda_graphs.capturing():
+        _check_begun(base)
     found_inf = getattr(told, "found_inf", None)
     scale = getattr(told, "grad_scale", None)
     if ok is None:

@@ -353,12 +353,30 @@ class Engine:
             cuda_graphs.refuse(
                 "a step must have been made before: buffers and states begin with it, and must not"
             )
+        if self._loaded is not None or self.roles is None or self._changed(self.roles):
+            cuda_graphs.refuse(
+                "params must be those of the step before: what belongs to them must not begin"
+            )
+        self._check_capture_of_counted()
         if options.nonfinite == "raise" and scale is None:
             warnings.warn(
                 "a task whose gradient is not finite is left out of a captured step, as with "
                 "nonfinite='mask': an exception cannot leave a CUDA graph",
                 stacklevel=outside(),
             )
+
+    def _check_capture_of_counted(self) -> None:
+        """Steps are counted on the host: what differs from step to step would be of one kind for ever."""
+        sharpness = self.options.sharpness
+        if self.options.weights_every > 1:
+            cuda_graphs.refuse(f"weights_every must be 1, not {self.options.weights_every},")
+        if isinstance(sharpness, SAM):
+            if sharpness.every > 1:
+                cuda_graphs.refuse(f"SAM's every must be 1, not {sharpness.every},")
+            if self.steps < sharpness.warmup:
+                cuda_graphs.refuse(
+                    f"SAM's warmup of {sharpness.warmup} steps must be over (this is step {self.steps})"
+                )
 
     def radii(self, groups: Iterable[dict[str, Any]]) -> Radii | None:
         """The radii of the next step; None without sharpness."""

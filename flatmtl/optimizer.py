@@ -242,7 +242,7 @@ class MultiTaskOptimizer(Optimizer):
     def __setattr__(self, name: str, value: object) -> None:
         if name in self._SAVED.values() and "_engine" in self.__dict__:
             raise AttributeError(
-                f"{name} must be there when the optimizer is made: steps would not see it"
+                f"{name} must be given to MultiTaskOptimizer(...): it cannot be replaced later"
             )
         super().__setattr__(name, value)
 

@@ -80,11 +80,15 @@ WRONG = "TORCH_CUDA_ARCH_LIST must list numbers such as 9.0 or 9.0+PTX, got"
     ],
 )
 def test_what_cannot_be_compiled_is_refused(archs, said):
-    done = asked("wanted_archs()", TORCH_CUDA_ARCH_LIST=archs)
+    done = asked("wanted_archs(ARCHS)", TORCH_CUDA_ARCH_LIST=archs)
     assert done.returncode == 1
     assert done.stderr == f"{said}\n"
 
 
 @pytest.mark.parametrize("archs", ["8.0", "8.0;9.0+PTX", "9.0a 10.0f+PTX"])
 def test_what_can_be_is_taken(archs):
-    assert asked("wanted_archs()", TORCH_CUDA_ARCH_LIST=archs).stdout == f"{archs}\n"
+    assert asked("wanted_archs(ARCHS)", TORCH_CUDA_ARCH_LIST=archs).stdout == f"{archs}\n"
+
+
+def test_without_a_list_it_is_the_default():
+    assert asked("wanted_archs(ARCHS)", TORCH_CUDA_ARCH_LIST="").stdout == "8.0;9.0;10.0;12.0+PTX\n"

@@ -222,11 +222,48 @@ def test_a_state_that_begins_anew_is_refused(name, capturing, rng):
     [
         ({"sharpness": SAMO(0.05)}, "sharpness must not be SAMO"),
         ({"sharpness": SAM(0.05), "replay_rng": True}, "replay_rng must be off"),
+        ({"weights_every": 3}, "weights_every must be 1, not 3,"),
+        ({"sharpness": SAM(0.05, every=2)}, "SAM's every must be 1, not 2,"),
+        (
+            {"sharpness": SAM(0.05, warmup=3)},
+            r"SAM's warmup of 3 steps must be over \(this is step 2\)",
+        ),
     ],
-    ids=["samo", "replay_rng"],
+    ids=["samo", "replay_rng", "weights_every", "every", "warmup"],
 )
 def test_what_only_the_host_can_do_is_refused(options, match, capturing, rng):
     refused(Training(PCGrad(), **{"nonfinite": "mask", **options}), capturing, match)
+
+
+def test_a_warm_up_that_is_over_is_not_refused(capturing, rng):
+    training = Training(PCGrad(), nonfinite="mask", sharpness=SAM(0.05, warmup=2))
+    for _ in range(2):
+        training.step()
+    capturing()
+    training.step()
+
+
+def test_other_parameters_than_before_are_refused(capturing, rng):
+    training = Training(PCGrad(), nonfinite="mask")
+    training.net.trunk[0].weight.requires_grad_(False)
+    for _ in range(2):
+        training.step()
+    training.net.trunk[0].weight.requires_grad_(True)
+    refused(training, capturing, "params must be those of the step before", warm=0)
+
+
+def test_a_momentum_that_would_begin_is_refused(capturing, rng):
+    """A task that was missing from every step before: its head has no state yet."""
+    training = Training(PCGrad(), nonfinite="mask")
+
+    def without_the_last(tasks=ALL):
+        return [*training.net.losses(training.x)[:-1], None]
+
+    for _ in range(2):
+        training.opt.step(without_the_last)
+    capturing()
+    with pytest.raises(RuntimeError, match="base_optimizer must have a state.* while a CUDA graph"):
+        training.step()
 
 
 def test_a_step_that_the_host_may_skip_is_refused(capturing, rng):
