@@ -156,7 +156,7 @@ LINE = re.compile(r"/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?(?P<code>[^;]*
 
 
 def loop_loads(sass: list[str]) -> set[int]:
-    """The widths, in bits, of the global loads inside the loops of one kernel's SASS."""
+    """The widths, in bits, of the wide global loads in the innermost loops of one kernel's SASS."""
     loads: list[tuple[int, int]] = []
     loops: list[tuple[int, int]] = []
     for line in sass:
@@ -170,7 +170,9 @@ def loop_loads(sass: list[str]) -> set[int]:
             target = int(jump[1], 16)
             if target < at:
                 loops.append((target, at))
-    return {bits for at, bits in loads if any(first <= at <= last for first, last in loops)}
+    # Innermost ones: a prologue within an outer loop is not where the time goes.
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return {bits for at, bits in loads if any(first <= at <= last for first, last in inner)}
 
 
 def kernels_in(cuobjdump: str, binary: Path) -> dict[tuple[str, str], set[int]]:

@@ -80,8 +80,8 @@ inline cudaError_t gram_tf32(kernels::Rows<const float> jac, int tasks, int64_t 
                              double* partials, cudaStream_t stream) {
   const kernels::Rows<const Tf32Element> rows{reinterpret_cast<const Tf32Element*>(jac.data),
                                               jac.stride, jac.aligned};
-  return kernels::gram_mma<Tf32Element, kernels::Of::kRows>(rows, rows, tasks, columns, partials,
-                                                            stream);
+  return kernels::gram_mma<Tf32Element, kernels::Of::kRows, kernels::kSmallTasks + 1>(
+      rows, rows, tasks, columns, partials, stream);
 }
 
 }  // namespace flatmtl::variants

@@ -139,11 +139,12 @@ def staged(name: str, tasks: int, element: int) -> Kernel:
     loop = 280 / 4 / 32 * tiles
     # Staged through registers: four packs a thread, about ten instructions each; by cp.async: a
     # stage of 128 columns of every row, about six for 16 bytes.
-    packs, each = (4, 10) if name == "staged" else (tasks * 32 / threads, 6)
+    waits = name != "async"
+    packs, each = (4, 10) if waits else (tasks * 32 / threads, 6)
     copies = tasks * element / 16 * each / 32
     return Kernel(
         name, tasks, element, 168, threads, packs, loop + copies, 64 * tiles,
-        sharpness=2 if name == "staged" else 4,
+        sharpness=2 if waits else 4, asked=asked(tasks, element) if name == "tiled" else None,
     )  # fmt: skip
 
 
@@ -152,11 +153,16 @@ def shipped() -> Iterator[Kernel]:
         for tasks in (2, 3, 4, 8):
             yield small(tasks, element)
         for tasks in (16, 32, 40, 64):
-            yield on_tensor_cores("mma", tasks, element)
+            if element == 4 and tasks <= 32:
+                yield staged("tiled", tasks, element)
+            else:
+                yield on_tensor_cores("mma", tasks, element)
 
 
 def tried() -> Iterator[Kernel]:
-    for tasks in (16, 32, 40, 64):
+    for tasks in (16, 32):
+        yield on_tensor_cores("mma", tasks, 4)
+    for tasks in (40, 64):
         yield staged("staged", tasks, 4)
     for tasks in (16, 32, 40, 64):
         yield staged("staged", tasks, 2)

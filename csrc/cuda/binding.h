@@ -95,7 +95,7 @@ auto with_row_types(const Tensor& row, const Tensor& beside, const F& f) {
 
 // Grid and Gram indices are int: far above any number of tasks that fits a device.
 inline int count_of(const char* name, int64_t n) {
-  STD_TORCH_CHECK(n <= 32768, name, " must have at most 32768 rows, got ", n);
+  STD_TORCH_CHECK(n <= 16384, name, " must have at most 16384 rows, got ", n);
   return static_cast<int>(n);
 }
 

@@ -8,7 +8,6 @@
 
 namespace flatmtl::kernels {
 
-// FLATMTL_HD because the solvers are: only the device side is ever run.
 struct BlockTeam {
   template <class F>
   __device__ void each(int64_t n, F f) const {

@@ -1,5 +1,6 @@
 // Random task orders and normal numbers from a stream (seed, step) that lies on the device: one
-// block a problem. The same numbers as on the host; the step is counted on the device too.
+// block a problem. The orders are the host's, the
+// normal numbers too up to the rounding of a cosine; the step is counted on the device.
 #pragma once
 
 #include "../solvers/normal.h"

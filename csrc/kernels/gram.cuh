@@ -1,19 +1,20 @@
 // Gram matrices of the rows of J [T, P]:  G = J J^T,  of the differences S - J,  and of both in one
 // sweep.
 //
-// Floor: every row is read once, T P elements (2 T P for the difference and for both); nothing but
-// partial sums is written (at most 16 MiB of doubles, or 4096 chunks of T <= 8). Determinism: run
-// to run. Chunks are cut from shapes (gram_plan.h), lane sums have at most kLaneTerms terms, chunks
-// are added in order. Shapes: any T >= 1, any P >= 0, any row stride and alignment. G is exactly
-// symmetric.
+// Floor: every row is read once, T P elements (2 T P for the difference and for both), ceil(T / 64)
+// times for T > 64; nothing but partial sums is written (at most 16 MiB of doubles to T = 2048, or
+// 4096 chunks of T <= 8). Determinism: run to run. Chunks are cut from shapes (gram_plan.h), lane
+// sums have at most kLaneTerms terms, chunks are added in order. Shapes: any T >= 1, any P >= 0,
+// any row stride and alignment. G is exactly symmetric.
 //
-//   T <= 8         gram_small.cuh    the triangle in every thread's registers
-//   T <= 64        gram_mma.cuh      tensor cores, rows straight from memory (not float64)
-//   beyond         gram_tiled.cuh    rows staged in shared memory
+//   T <= 8                  gram_small.cuh    the triangle in every thread's registers
+//   T <= 64, half precision gram_mma.cuh      tensor cores, rows straight from memory
+//   32 < T <= 64, float32   gram_mma.cuh      the same, in three bfloat16 parts
+//   else                    gram_tiled.cuh    rows staged in shared memory
 //
-// Both: one sweep for T <= 4, and for 9 to 32 rows on tensor cores; for others the bindings run two
-// sweeps (3 T P). The plan is the same, and so is every lane's sum: the bits are those of the two
-// alone.
+// Both: one sweep for T <= 4, and for 9 to 32 rows in half precision; for others the bindings run
+// two sweeps (3 T P). The plan is the same, and so is every lane's sum: the bits are those of the
+// two alone.
 #pragma once
 
 #include "gram_mma.cuh"
@@ -51,7 +52,7 @@ cudaError_t gram_sums(Rows<const T> jac, Rows<const T> sam, int tasks, int64_t c
     case GramKernel::kSmall:
       return gram_small<T, kOf>(jac, sam, tasks, columns, partials, stream);
     case GramKernel::kMma:
-      if constexpr (sizeof(T) < 8)
+      if constexpr (sizeof(T) == 2 || (sizeof(T) == 4 && kOf != Of::kBoth))
         return gram_mma<T, kOf>(jac, sam, tasks, columns, partials, stream);
       return cudaErrorInvalidValue;
     default:

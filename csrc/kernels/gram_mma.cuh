@@ -1,16 +1,19 @@
-// Gram matrices of 9 to 64 rows on tensor cores (sm_80 and later): rows in float16 and bfloat16 as
-// they are, float32 rows and all differences as three bfloat16 parts, six products an element pair
-// (mma.cuh): as exact as float32 arithmetic.
+// Gram matrices on tensor cores (sm_80 and later): of 9 to 64 rows in half precision, and of 33 to
+// 64 in float32. Rows in half precision are operands as they are; float32 rows, and all
+// differences, are three bfloat16 parts, six products an element pair (mma.cuh).
 //
 // A lane's 16-byte pack of a row is an operand as it comes from memory: no shared memory, no
 // exchange. Rows stand in blocks of 8; a warp reads 128 bytes of each row (two packs a lane, one
 // after the other) and sums the 16 x 8 tiles that touch the upper triangle, in registers. Packs of
 // the next step are on their way while this one's products run.
 //
-// Floor and shapes: gram.cuh. Determinism: run to run on one architecture; tensor cores cut sums
-// off, and not all alike, so that the last bits may differ between architectures. A sum is cut off
-// within one pack (16 or 32 columns) only, then added in float32 to a lane's sum of at most
-// kLaneTerms packs; lanes of different warps, and spans, are added in double.
+// Floor and shapes: gram.cuh. Exactness: within one pack (16 or 32 columns) a tensor core cuts sums
+// off, then packs are added in float32, rounded to nearest, at most kLaneTerms of them a lane;
+// lanes of different warps, and spans, are added in double. A product may lose one unit in the last
+// place of the largest of its 16, always towards zero: below float32's own error where the products
+// of neighbouring columns are alike, some 10 times above it (about 5e-7, on hardware with no spare
+// bits) where few columns have most of the length. Determinism: run to run on one architecture;
+// what is cut off differs between them. Rows in another order give the same up to these bits.
 #pragma once
 
 #include "gram_entry.cuh"
@@ -229,7 +232,8 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaResident<kBlocks, kOf>)
 // ---- launchers ---------------------------------------------------------------------------------
 
 // partials: triangle(T) * mma_plan(...).chunks doubles; twice as many of both.
-template <class T, Of kOf>
+// kFewest: rows that it is compiled for.
+template <class T, Of kOf, int kFewest = (sizeof(T) == 4 ? kFloatTasks : kSmallTasks) + 1>
 cudaError_t gram_mma(Rows<const T> jac, Rows<const T> sam, int tasks, int64_t columns,
                      double* partials, cudaStream_t stream) {
   const StripPlan plan = mma_plan(tasks, columns, Pack<T>::kSize);
@@ -240,9 +244,11 @@ cudaError_t gram_mma(Rows<const T> jac, Rows<const T> sam, int tasks, int64_t co
   };
   switch (mma_blocks(tasks)) {
     case 2:
-      return run(gram_mma_kernel<T, 2, kOf>);
+      if constexpr (kFewest <= 16) return run(gram_mma_kernel<T, 2, kOf>);
+      break;
     case 4:
-      return run(gram_mma_kernel<T, 4, kOf>);
+      if constexpr (kFewest <= 32) return run(gram_mma_kernel<T, 4, kOf>);
+      break;
     case 6:
       if constexpr (kOf != Of::kBoth) return run(gram_mma_kernel<T, 6, kOf>);
       break;
@@ -250,7 +256,7 @@ cudaError_t gram_mma(Rows<const T> jac, Rows<const T> sam, int tasks, int64_t co
       if constexpr (kOf != Of::kBoth) return run(gram_mma_kernel<T, 8, kOf>);
       break;
   }
-  static_assert(kMmaTasks == 64 && kMmaPairTasks == 32, "one case each");
+  static_assert(kMmaTasks == 64 && kMmaPairTasks == 32 && kFloatTasks == 32, "one case each");
   return cudaErrorInvalidValue;
 }
 

@@ -8,7 +8,7 @@ namespace flatmtl::kernels {
 
 constexpr int kSmallTasks = 8;     // up to here every thread holds the whole triangle in registers
 constexpr int kPairTasks = 4;      // up to here the triangles of J and of S - J at once
-constexpr int kMmaPairTasks = 32;  // the same, of the tensor-core kernel
+constexpr int kMmaPairTasks = 32;  // the same, of rows in half precision on tensor cores
 constexpr int kBlockRows = 64;     // rows of J in one row block of the tiled kernel
 constexpr int kStageVectors = 32;  // 16-byte vectors of a row in one stage
 constexpr int64_t kMaxBlocks = 1024;
@@ -91,6 +91,9 @@ TilePlan tile_plan(int64_t tasks, int64_t columns) {
 // Tensor-core kernel: rows in blocks of 8, an even number of them; a warp takes kMmaLanes packs of
 // every row at a time.
 constexpr int kMmaTasks = 64, kMmaWarps = 4, kMmaLanes = 4;
+// float32 rows up to here are summed in float32: memory is the limit there also without tensor
+// cores, which are less exact (mma.cuh).
+constexpr int kFloatTasks = 32;
 
 constexpr int mma_blocks(int64_t tasks) { return static_cast<int>(div_up(tasks, 16)) * 2; }
 
@@ -129,7 +132,8 @@ enum class GramKernel { kSmall, kMma, kTiled };
 
 inline GramKernel gram_kernel(int64_t tasks, int row_bytes) {
   if (tasks <= kSmallTasks) return GramKernel::kSmall;
-  return tasks <= kMmaTasks && row_bytes < 8 ? GramKernel::kMma : GramKernel::kTiled;
+  if (tasks > kMmaTasks || row_bytes == 8) return GramKernel::kTiled;
+  return row_bytes == 4 && tasks <= kFloatTasks ? GramKernel::kTiled : GramKernel::kMma;
 }
 
 inline int64_t gram_chunks(int64_t tasks, int64_t columns, int row_bytes) {

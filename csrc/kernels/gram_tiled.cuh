@@ -1,6 +1,6 @@
-// Gram matrices of many rows, or of float64: rows are staged in shared memory, and a thread holds a
-// square tile of the triangle over a slice of the columns. T > 64: one block a pair of 64-row
-// blocks, so that each row is read ceil(T / 64) times.
+// Gram matrices of float32 rows to T = 32, of many rows, and of float64: rows are staged in shared
+// memory, and a thread holds a square tile of the triangle over a slice of the columns. T > 64: one
+// block a pair of 64-row blocks, so that each row is read ceil(T / 64) times.
 //
 // Floor, determinism and shapes: gram.cuh. The same bits on every device, up to the contraction of
 // a * b + c.

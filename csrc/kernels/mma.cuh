@@ -9,8 +9,8 @@
 // that are its own: four that lie side by side in memory. What it loads is then an operand as it
 // is, and the same registers are a's and b's.
 //
-// Products are exact; sums are not rounded to nearest but cut off, differently by architecture. Few
-// terms are summed here and the sums added in float32: see gram_mma.cuh.
+// Products are exact; sums are not rounded to nearest but cut off, to about the last place of their
+// largest term, differently by architecture: see gram_mma.cuh.
 #pragma once
 
 #include "vec.cuh"
@@ -30,12 +30,12 @@ __device__ inline void mma(float (&c)[4], const Quad& top, const Quad& bottom, c
   emulated::mma(c, {top.pair[0], bottom.pair[0], top.pair[1], bottom.pair[1]},
                 {right.pair[0], right.pair[1]}, std::is_same_v<E, __half>, __FILE__, __LINE__);
 #else
-#define FLATMTL_MMA(type)                                                             \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                          \
-      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                    \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                \
-      : "r"(top.pair[0]), "r"(bottom.pair[0]), "r"(top.pair[1]), "r"(bottom.pair[1]), \
-        "r"(right.pair[0]), "r"(right.pair[1]))
+#define FLATMTL_MMA(type)                                                                      \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                          \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                    \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                \
+               : "r"(top.pair[0]), "r"(bottom.pair[0]), "r"(top.pair[1]), "r"(bottom.pair[1]), \
+                 "r"(right.pair[0]), "r"(right.pair[1]))
   if constexpr (std::is_same_v<E, __half>)
     FLATMTL_MMA("f16");
   else
@@ -58,8 +58,9 @@ __device__ inline float float_of_bits(uint32_t bits) {
   return x;
 }
 
-// x = part[0] + part[1] + part[2], exactly, each of 8 bits: a float32 has 24. An infinity becomes
-// infinity and NaN.
+// x = part[0] + part[1] + part[2], each of 8 bits (a float32 has 24): exactly for 1e-33 < |x|
+// < 3.39e38. Below, bits that a sum of squares could not hold are lost; above, and for an infinity,
+// infinity and NaN come out, and NaN of them.
 struct Split {
   Quad part[3];
 };
@@ -80,8 +81,9 @@ __device__ inline Split split(const float (&x)[4]) {
   return out;
 }
 
-// c += a b^T of float32 rows. Left out are the products below 2^-24 of the largest, whose mean is
-// zero. The small ones come first, so that the sum that is cut off last is the whole.
+// c += a b^T of float32 rows. Left out are the products of part 2 with 1 and 2, at most 2^-24 of
+// the whole (their mean is zero where the bits of x are random). The small ones come first, so that
+// the sum that is cut off last is the whole.
 __device__ inline void mma(float (&c)[4], const Split& top, const Split& bottom,
                            const Split& right) {
   using E = __nv_bfloat16;

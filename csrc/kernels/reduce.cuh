@@ -30,7 +30,10 @@ __device__ inline double block_sum(double x) {
   __shared__ double warps[kWarp];
   const int warp = threadIdx.x / kWarp, count = blockDim.x / kWarp;
   x = warp_sum(x);
-  if (count == 1) return x;
+  if (count == 1) {
+    __syncwarp();  // as the barriers below: what was read before may be written now
+    return x;
+  }
   __syncthreads();  // an earlier call's readers are done
   if (threadIdx.x % kWarp == 0) warps[warp] = x;
   __syncthreads();
@@ -46,7 +49,10 @@ __device__ inline double block_max(double x) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2)
     x = larger(x, __shfl_xor_sync(~0u, x, offset));
-  if (blockDim.x == kWarp) return x;
+  if (blockDim.x == kWarp) {
+    __syncwarp();
+    return x;
+  }
   __syncthreads();  // an earlier call's readers are done
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
   __syncthreads();

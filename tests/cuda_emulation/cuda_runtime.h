@@ -66,6 +66,8 @@ inline void check_aligned(const void* address, size_t bytes) {
 #define __shfl_xor_sync(mask, value, offset) \
   emulated::exchange(value, static_cast<int>(threadIdx.x % 32) ^ (offset), __FILE__, __LINE__)
 
+#define __syncwarp() emulated::exchange(0, 0, __FILE__, __LINE__)
+
 // Rounded by themselves; g++ has no fused multiply-add to contract to without -mfma.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }

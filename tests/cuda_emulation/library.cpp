@@ -99,6 +99,40 @@ int emulated_gram_spans(const float* jac, int64_t columns, int64_t chunks, int s
                 dim3(kThreads), 0, nullptr, j, j, columns, StripPlan{chunks, steps}, out);
 }
 
+// The same of gram_mma_kernel (tasks 12, 24, 40 or 56: a kernel each; of: 0 rows, 1 differences, 2
+// both, to 32 rows of bfloat16) and of row_squares_kernel. dtype: 0 or 3.
+int emulated_mma_spans(int dtype, int of, const void* jac, const void* sam, int tasks,
+                       int64_t columns, int64_t chunks, int steps, double* out) {
+  const auto run = [&](auto zero, auto blocks, auto what) {
+    using T = decltype(zero);
+    return launch(gram_mma_kernel<T, decltype(blocks)::value, decltype(what)::value>,
+                  dim3(static_cast<unsigned>(chunks)), dim3(kMmaThreads), 0, nullptr,
+                  rows<T>(jac, columns, tasks), rows<T>(sam, columns, tasks), tasks, columns,
+                  StripPlan{chunks, steps}, out);
+  };
+  const auto sized = [&](auto zero, auto what) -> int {
+    if (tasks == 12) return run(zero, std::integral_constant<int, 2>{}, what);
+    if (tasks == 24) return run(zero, std::integral_constant<int, 4>{}, what);
+    if constexpr (decltype(what)::value != Of::kBoth) {
+      if (tasks == 40) return run(zero, std::integral_constant<int, 6>{}, what);
+      if (tasks == 56) return run(zero, std::integral_constant<int, 8>{}, what);
+    }
+    return cudaErrorInvalidValue;
+  };
+  const auto typed = [&](auto what) {
+    return dtype == 0 ? sized(float{}, what) : sized(__nv_bfloat16{}, what);
+  };
+  if (of == 0) return typed(std::integral_constant<Of, Of::kRows>{});
+  if (of == 1) return typed(std::integral_constant<Of, Of::kDifference>{});
+  return typed(std::integral_constant<Of, Of::kBoth>{});
+}
+
+int emulated_square_spans(const float* jac, int64_t columns, int64_t chunks, int steps,
+                          double* out) {
+  return launch(row_squares_kernel<float>, dim3(static_cast<unsigned>(chunks), 2), dim3(kThreads),
+                0, nullptr, rows<float>(jac, columns, 2), columns, StripPlan{chunks, steps}, out);
+}
+
 int emulated_row_norms(int dtype, const void* jac, int64_t stride, int tasks, int64_t columns,
                        double* out) {
   Scratch partials(row_norms_partials(tasks, columns, bytes_of(dtype)));
