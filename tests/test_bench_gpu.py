@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from bench import race
 from bench import sanitize as sanitizing
 from bench.contests import MATRIX_OPS, ROW_OPS
 from bench.gpu import __main__ as command
-from bench.gpu import machine, sizes, steps, store, table
+from bench.gpu import aggregate, machine, sizes, steps, store, table
 from bench.gpu.aggregate import AT_BEST, CAPTURED
+from bench.gpu.bench import Bench
 from bench.gpu.steps import GRAPH, MODELS, PASSES
 from bench.solvers import METHODS
 
@@ -84,6 +86,25 @@ def test_aggregate(results):
     assert {"plain torch", "torch, solved on the host", "LibMTL's maths"} <= pcgrad["faster"].keys()
     # each of two passes over J, and d
     assert pcgrad["bytes"] == (2 * pcgrad["tasks"] + 1) * pcgrad["columns"] * 4
+
+
+def test_plain_torch_at_its_best(tmp_path, monkeypatch):
+    """Compiled and as graphs; a form that cannot be captured is named, the others are measured."""
+
+    def captured(call):
+        if call.__name__ == "<lambda>":
+            raise RuntimeError("made up")
+        return call
+
+    monkeypatch.setattr(aggregate, "compiled", lambda function: function)
+    monkeypatch.setattr(aggregate, "captured", captured)
+    part = store.Part("aggregate", "cpu", tmp_path / "cpu.json")
+    end = time.monotonic() + 1000
+    aggregate._at_its_best(Bench("cpu", True, part, race.wall_clock, end, turn=1e-3))
+    (record,) = part.records
+    assert "error" not in record
+    assert record["failed_rivals"] == {CAPTURED[0]: "RuntimeError: made up"}
+    assert record["faster"].keys() == {*AT_BEST, CAPTURED[1]}
 
 
 def test_steps_and_that_parts_leave_each_other_alone(results):
