@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-python3}
 PARTS="build test sanitize ceiling kernels solvers aggregate steps variants table"
 # seconds; with ENDING for each, together less than 10 minutes
 declare -A LIMITS=([build]=115 [test]=90 [sanitize]=70 [ceiling]=20 [kernels]=110 [solvers]=40
-  [aggregate]=40 [steps]=50 [variants]=30 [table]=10)
+  [aggregate]=40 [steps]=50 [variants]=30 [table]=14)
 ENDING=2    # seconds that a part which was told to stop has to do so
 STARTING=12 # seconds of a limit that importing torch and ending in order may take
 
