@@ -4,7 +4,7 @@ compute-sanitizer --tool memcheck python -m bench.sanitize [--device cuda] [--se
 
 T around the kernels' boundaries, P that no vector width divides, rows that start anywhere. Values are
 only looked at for being finite: whether they are right is what the tests are for. Ends in order when its
-seconds are over; the sizes come so that the first few already call every kernel.
+seconds are over, and fails where they did not do for the first sizes, which call every kernel's forms.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import sys
 import time
 
 import torch
 
 from bench import solvers as methods
+from bench.gpu import machine
 from flatmtl import ops
 
 SIZES = [(8, 4099), (17, 4099), (33, 515), (65, 260), (3, 1025), (9, 130), (2, 3), (1, 1)]
+NEEDED = 4  # T = 8, 17, 33, 65: a size of every form of the Gram matrix
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -86,9 +89,11 @@ def look_beside_float32(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     given = parser.parse_args()
+    if why := machine.refusal(given.device):
+        parser.error(why)
     device, end = given.device, time.monotonic() + given.seconds
     seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
@@ -102,6 +107,10 @@ def main() -> None:
         done += 1
     if device == "cuda":
         torch.cuda.synchronize()
+    if done < NEEDED:
+        sys.exit(
+            f"{done} of {len(cases)} sizes in {given.seconds:g} s: {NEEDED} must be done at least"
+        )
     print(f"{done} of {len(cases)} sizes, every op: no error on {device}")
 
 

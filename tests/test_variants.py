@@ -1,13 +1,19 @@
 """The kernels of bench/variants, run on the CPU by tests/cuda_emulation, against float64."""
 
+import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import race
+from bench.contests import Contest
+from bench.variants import __main__ as command
 from bench.variants import check, model
-from bench.variants.library import Library, build_emulated, gram_variants
+from bench.variants.library import Library, build_cuda, build_emulated, gram_variants
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulation")
 
@@ -98,3 +104,41 @@ def test_the_page_has_the_models_tables(capsys):
     assert len(tables) == 4
     for table in tables:
         assert table.strip() in page
+
+
+def test_an_nvcc_build_is_kept_until_its_sources_change(tmp_path, monkeypatch):
+    """What bench/gpu.sh compiles in one part is there in another."""
+    calls = tmp_path / "calls"
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\necho "$@" >>{calls}\nfor out; do :; done\ntouch "$out"\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    built = build_cuda("90", tmp_path)
+    assert built.exists() and len(calls.read_text().splitlines()) == 2  # compiled, linked
+    assert build_cuda("90", tmp_path) == built
+    assert len(calls.read_text().splitlines()) == 2
+    assert build_cuda("80", tmp_path) != built  # another architecture
+    assert len(calls.read_text().splitlines()) == 4
+    os.utime(built, (0, 0))
+    build_cuda("90", tmp_path)
+    assert len(calls.read_text().splitlines()) == 6
+
+
+def test_contests_are_saved_one_by_one_until_the_time_is_over(monkeypatch):
+    def slow(library, jac):
+        time.sleep(0.2)
+        return Contest("gram", jac.numel() * 4, jac.sum, {"variant": jac.sum})
+
+    monkeypatch.setattr(command, "COPIED", 1024)
+    monkeypatch.setattr(race, "DeviceClock", lambda: race.wall_clock)
+    monkeypatch.setattr(command, "cases", lambda: [(t, torch.float32, slow) for t in (2, 3, 4)])
+    saved = []
+    end = time.monotonic() + 0.1  # over before the second begins
+    records = command.measure(
+        SimpleNamespace(device="cpu"),
+        100,
+        0.0,
+        end,
+        lambda done, left: saved.append((len(done), left)),
+    )
+    assert [r["tasks"] for r in records] == [2] and saved == [(1, 2)]

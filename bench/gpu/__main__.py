@@ -3,7 +3,8 @@
 python -m bench.gpu kernels                          on the CUDA device, within the part's own time
 python -m bench.gpu kernels --seconds 300            within another
 python -m bench.gpu kernels --device cpu --quick     no GPU: exercises all but the CUDA calls
-python -m bench.gpu table                            prints what the files say
+python -m bench.gpu table                            prints what this device's file says
+python -m bench.gpu table --results FILE             what another does; needs no GPU
 
 Writes bench/results/<device>.json, one entry a part.
 """
@@ -14,8 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-
-import torch
+from pathlib import Path
 
 from bench import race
 from bench.gpu import aggregate, ceiling, kernels, machine, solvers, steps, store, table
@@ -40,16 +40,19 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes only")
     parser.add_argument("--seconds", type=float, help="how long the part may take")
+    parser.add_argument("--results", type=Path, help="the table's file (this device's)")
     given = parser.parse_args(words)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device and a torch built for CUDA")
+    if given.results is not None:
+        if given.part != "table":
+            parser.error(f"--results must come with the part table, got {given.part}")
+        show(given.results)
+        return
+    if why := machine.refusal(given.device):
+        parser.error(why)
     quick = given.quick or given.device == "cpu"
     path = store.path_for(given.device, quick)
     if given.part == "table":
-        results = store.load(path)
-        if not results:
-            sys.exit(f"{path} must hold the results of a part, got none")
-        print(table.show(results))
+        show(path)
         return
     run, seconds = PARTS[given.part]
     bench = Bench(
@@ -64,6 +67,14 @@ def main(words: list[str] | None = None) -> None:
     bench.part.note(clocks_after=machine.clocks(given.device))
     bench.part.save()
     print(f"wrote {path}")
+
+
+def show(path: Path) -> None:
+    """Prints the table of a file."""
+    results = store.load(path)
+    if not results:
+        sys.exit(f"{path} must hold the results of a part, got none")
+    print(table.show(results))
 
 
 if __name__ == "__main__":

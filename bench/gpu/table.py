@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from bench import race
+from bench.contests import ROW_TASKS
 from bench.gpu import sizes
-from bench.gpu.aggregate import nearest
-from bench.gpu.steps import GRAPH, shares
+from bench.gpu.aggregate import AT_BEST, CAPTURED, PLAIN, nearest
+from bench.gpu.steps import GRAPH, MODELS, shares
+from bench.solvers import METHODS
 
 Record = dict[str, Any]
-LARGE = sizes.MAIN_COLUMNS  # from this P on shares of the ceiling are promised
+# P at which shares of the ceiling are promised
+LARGE = tuple(p for p in sizes.COLUMNS if p >= sizes.MAIN_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,10 @@ class Line:
     Attributes:
         what: of what.
         asked: the number that is asked for.
-        got: the number that was measured; None: it was not.
+        got: the worst number that was measured; None: none was.
         most: whether ``asked`` is an upper bound.
-        where: where ``got`` was found, or why there is none.
+        where: where ``got`` was found.
+        lacking: what the promise needs and has no number, with the reason.
     """
 
     what: str
@@ -32,20 +38,24 @@ class Line:
     got: float | None
     most: bool
     where: str
+    lacking: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
-        """Whether it holds: "PASS", "short", or "not measured"."""
-        if self.got is None:
-            return "not measured"
-        return (
-            "PASS" if (self.got <= self.asked if self.most else self.got >= self.asked) else "short"
-        )
+        """Whether it holds: "PASS" (everywhere), "short" (somewhere), or "not measured" (somewhere)."""
+        if self.got is not None and (self.got > self.asked if self.most else self.got < self.asked):
+            return "short"
+        return "not measured" if self.lacking or self.got is None else "PASS"
 
     def __str__(self) -> str:
         got = "-" if self.got is None else f"{self.got:.3g}"
         sign = "<=" if self.most else ">="
-        return f"{self.what:50}{sign} {self.asked:<8.3g}{got:>9}   {self.verdict:13}{self.where}"
+        notes = [self.where] if self.where else []
+        if self.lacking:
+            more = ", ..." if len(self.lacking) > 3 else ""
+            notes.append(f"{len(self.lacking)} lacking: {', '.join(self.lacking[:3])}{more}")
+        line = f"{self.what:50}{sign} {self.asked:<8.3g}{got:>9}   {self.verdict:13}"
+        return line + "; ".join(notes)
 
 
 def lines(results: Record) -> list[Line]:
@@ -64,88 +74,132 @@ def _records(results: Record, part: str, kind: str) -> list[Record]:
     return [r for r in records if r["kind"] == kind and "error" not in r]
 
 
-def _worst(what: str, asked: float, found: list[tuple[float, str]], *, most: bool = False) -> Line:
-    """The line of the worst of some numbers, each with its place."""
-    if not found:
-        return Line(what, asked, None, most, "")
-    got, where = (max if most else min)(found)
-    return Line(what, asked, got, most, f"worst of {len(found)}: {where}")
+def _find(results: Record, part: str, kind: str, **what: object) -> Record | str:
+    """The one record of this, or why there is none that counts."""
+    body = results.get(part, {}).get("machine", {}).get("body", "cuda")
+    if body != "cuda":
+        return f"operators: {body}"
+    for r in results.get(part, {}).get("records", []):
+        if {"kind": kind, **what}.items() <= {k: r.get(k) for k in ("kind", *what)}.items():
+            return "failed" if "error" in r else r
+    return "not measured"
+
+
+def _number(found: Record | str, value: Callable[[Record], float | None]) -> float | str:
+    """What is read from a record, or why it is not there."""
+    if isinstance(found, str):
+        return found
+    number = value(found)
+    if number is not None:
+        return number if math.isfinite(number) else "not finite"
+    return "failed" if any(key.endswith("_error") for key in found) else "not measured"
+
+
+def _promise(what: str, asked: float, needs: dict[str, float | str], *, most: bool = False) -> Line:
+    """The line of the worst of ``needs``: every place where it is to hold -> the number, or why none."""
+    numbers = [(n, place) for place, n in needs.items() if not isinstance(n, str)]
+    lacking = tuple(f"{place} ({why})" for place, why in needs.items() if isinstance(why, str))
+    if not numbers:
+        return Line(what, asked, None, most, "", lacking)
+    got, where = (max if most else min)(numbers)
+    return Line(what, asked, got, most, f"worst of {len(numbers)}: {where}", lacking)
 
 
 def _shares(results: Record) -> Iterator[Line]:
     ceiling = results.get("kernels", {}).get("ceiling", {}).get("copy")
-    found = [*_records(results, "kernels", "op"), *_records(results, "kernels", "row op")]
+    both = ("float32", "bfloat16")
 
-    def share(what: str, asked: float, fits: Callable[[Record], bool]) -> Line:
-        fitting = [r for r in found if r["columns"] >= LARGE and fits(r)]
-        return _worst(what, asked, [(r["gb_per_s"] * 1e9 / ceiling, _place(r)) for r in fitting])
+    def share(
+        what: str, asked: float, kind: str, name: str, tasks: Iterable[int], dtypes: Iterable[str]
+    ) -> Line:
+        """At every T, P and dtype of it that the part measures when it has the time."""
+        needs = {}
+        for t, p, dtype in itertools.product(tasks, LARGE, dtypes):
+            found = _find(results, "kernels", kind, name=name, tasks=t, columns=p, dtype=dtype)
+            needs[f"T={t}, P={p:.2g}, {dtype}"] = _number(
+                found, lambda r: r["gb_per_s"] * 1e9 / ceiling if ceiling else None
+            )
+        return _promise(what, asked, needs)
 
-    def gram(dtype: str, low: int, high: int) -> Callable[[Record], bool]:
-        return lambda r: (r["name"] == "gram" and r["dtype"] == dtype and low <= r["tasks"] <= high)
+    def gram(what: str, asked: float, low: int, high: int, dtype: str) -> Line:
+        tasks = [t for t in sizes.TASKS if low <= t <= high]
+        return share(what, asked, "op", "gram", tasks, [dtype])
 
-    yield share("gram float32, T <= 8: of the copy ceiling", 0.90, gram("float32", 1, 8))
-    yield share("gram float32, T <= 16", 0.85, gram("float32", 9, 16))
-    yield share("gram float32, T <= 40", 0.75, gram("float32", 17, 40))
-    yield share("gram bfloat16, T <= 16", 0.85, gram("bfloat16", 1, 16))
-    for name in ("combine", "pack_row_", "perturb_"):
-        yield share(f"{name}, P >= 2.5e7", 0.90, lambda r, name=name: r["name"] == name)
-
-
-def _place(r: Record) -> str:
-    return f"T={r['tasks']}, P={r['columns']:.0e}, {r['dtype']}"
+    yield gram("gram float32, T <= 8: of the copy ceiling", 0.90, 1, 8, "float32")
+    yield gram("gram float32, T <= 16", 0.85, 9, 16, "float32")
+    yield gram("gram float32, T <= 40", 0.75, 17, 40, "float32")
+    yield gram("gram bfloat16, T <= 16", 0.85, 1, 16, "bfloat16")
+    yield share("combine, P >= 2.5e7", 0.90, "op", "combine", sizes.TASKS, both)
+    for name in ("pack_row_", "perturb_"):
+        yield share(f"{name}, P >= 2.5e7", 0.90, "row op", name, [ROW_TASKS], both)
 
 
 def _aggregate(results: Record) -> Iterator[Line]:
-    def at_main(kind: str) -> list[Record]:
-        return [
-            r
-            for r in _records(results, "aggregate", kind)
-            if r["name"] == "pcgrad"
-            and (r["tasks"], r["columns"]) == (sizes.MAIN_TASKS, sizes.MAIN_COLUMNS)
-        ]
+    main: Record = {
+        "name": "pcgrad", "tasks": sizes.MAIN_TASKS, "columns": sizes.MAIN_COLUMNS, "dtype": "float32",
+    }  # fmt: skip
+    plain = _find(results, "aggregate", "aggregate", **main)
+    best = _find(results, "aggregate", "aggregate, at its best", **main)
 
-    main = at_main("aggregate")
-    floors = [(r["median_s"][race.OURS] / r["floor_s"], "PCGrad, eager") for r in main]
-    yield _worst("aggregate T=8: of the byte floor", 1.15, floors, most=True)
-    rivals = [
-        (f, n) for r in [*main, *at_main("aggregate, compiled")] for n, f in nearest(r).items()
-    ]
-    plain = [(f, n) for f, n in rivals if "torch" in n]
-    yield _worst("aggregate T=8: times faster than plain torch", 3, plain)
-    yield _worst("aggregate T=8: than TorchJD", 10, [x for x in rivals if x[1] == "TorchJD"])
-    yield _worst("aggregate T=8: than LibMTL", 50, [x for x in rivals if x[1].startswith("LibMTL")])
+    def times(found: Record | str, rivals: Iterable[str]) -> dict[str, float | str]:
+        return {rival: _faster(found, rival) for rival in rivals}
+
+    floor = _number(plain, lambda r: r["median_s"][race.OURS] / r["floor_s"])
+    yield _promise("aggregate T=8: of the byte floor", 1.15, {"PCGrad, eager": floor}, most=True)
+    torch_ = times(plain, PLAIN) | times(best, AT_BEST)
+    for name in CAPTURED:  # a form that cannot be captured has no such time
+        if not (isinstance(best, dict) and name in best.get("failed_rivals", {})):
+            torch_ |= times(best, [name])
+    yield _promise("aggregate T=8: times faster than plain torch", 3, torch_)
+    yield _promise("aggregate T=8: than TorchJD", 10, times(plain, ["TorchJD"]))
+    yield _promise("aggregate T=8: than LibMTL", 50, times(plain, ["LibMTL's maths"]))
+
+
+def _faster(found: Record | str, rival: str) -> float | str:
+    """How many times faster than one rival."""
+    if isinstance(found, dict) and rival in found.get("failed_rivals", {}):
+        return "failed"
+    return _number(found, lambda r: r["faster"].get(rival))
 
 
 def _solvers(results: Record) -> Iterator[Line]:
-    records = [r for r in _records(results, "solvers", "solver") if r["tasks"] == 8]
-    times = [(1e6 * r["graph_s"], r["name"]) for r in records if "graph_s" in r]
-    yield _worst("solvers T=8, a graph replay: us", 50, times, most=True)
+    def micros(r: Record) -> float | None:
+        return None if "graph_error" in r or "graph_s" not in r else 1e6 * r["graph_s"]
+
+    needs = {
+        name: _number(_find(results, "solvers", "solver", name=name, tasks=8), micros)
+        for name in METHODS
+    }
+    yield _promise("solvers T=8, a graph replay: us", 50, needs, most=True)
 
 
 def _steps(results: Record) -> Iterator[Line]:
-    steps = _records(results, "steps", "step")
-    resnets = [r for r in steps if r["name"].startswith("resnet18")]
-    found = [(r["name"], shares(r)) for r in resnets]
+    steps = {model: _find(results, "steps", "step", name=model) for model in MODELS}
     for kind in ("kernels", "beside the passes"):
-        values = [(100 * s[kind], name) for name, s in found if kind in s]
-        yield _worst(f"FS-MTL step, ResNet-18: {kind}, %", 3, values, most=True)
-    yield _worst(
+
+        def percent(r: Record, kind: str = kind) -> float | None:
+            return 100 * found[kind] if kind in (found := shares(r)) else None
+
+        needs = {m: _number(r, percent) for m, r in steps.items() if m.startswith("resnet18")}
+        yield _promise(f"FS-MTL step, ResNet-18: {kind}, %", 3, needs, most=True)
+
+    def faster(r: Record) -> float | None:
+        captured = r["median_s"].get(race.OURS + GRAPH)
+        return None if captured is None else r["median_s"][race.OURS] / captured
+
+    yield _promise(
         "FS-MTL step: captured, times faster than eager",
         1,
-        [
-            (r["median_s"][race.OURS] / r["median_s"][race.OURS + GRAPH], r["name"])
-            for r in steps
-            if race.OURS + GRAPH in r["median_s"]
-        ],
+        {model: _number(r, faster) for model, r in steps.items()},
     )
 
 
 def _accuracy(results: Record) -> Iterator[Line]:
-    records = _records(results, "kernels", "accuracy")
-    errors = [(r["off"] / r["rounded_off"], f"T={r['tasks']}") for r in records]
-    yield _worst("gram float32: error, of the rounded exact one's", 2, errors, most=True)
-    same = [(float(r["same_bits"]), f"T={r['tasks']}") for r in records]
-    yield _worst("gram float32: the same bits at every call", 1, same)
+    found = {f"T={t}": _find(results, "kernels", "accuracy", tasks=t) for t in sizes.TASKS}
+    errors = {at: _number(r, lambda r: r["off"] / r["rounded_off"]) for at, r in found.items()}
+    yield _promise("gram float32: error, of the rounded exact one's", 2, errors, most=True)
+    same = {at: _number(r, lambda r: float(r["same_bits"])) for at, r in found.items()}
+    yield _promise("gram float32: the same bits at every call", 1, same)
 
 
 def details(results: Record) -> Iterator[str]:
@@ -156,7 +210,7 @@ def details(results: Record) -> Iterator[str]:
         yield f"{'kernel':18}{'dtype':>10}{'T':>4}{'P':>8}{'ms':>10}{'of copy':>9}   nearest rival"
     for kind in ("op", "row op"):
         for r in _records(results, "kernels", kind):
-            if r["columns"] in (LARGE, sizes.QUICK_COLUMNS[0]) and (
+            if r["columns"] in (sizes.MAIN_COLUMNS, sizes.QUICK_COLUMNS[0]) and (
                 r["tasks"] == 8 or r["name"] in ("gram", "combine")
             ):
                 yield (
@@ -168,14 +222,18 @@ def details(results: Record) -> Iterator[str]:
         ours = r["median_s"][race.OURS]
         graph = f", graph {1e3 * r['graph_s']:.3f}" if "graph_s" in r else ""
         yield (
-            f"aggregate {r['name']:10} T={r['tasks']:<3} P={r['columns']:.0e}: {1e3 * ours:.3f} ms"
+            f"aggregate {r['name']:10}{r['dtype']:>10} T={r['tasks']:<3} P={r['columns']:.0e}: "
+            f"{1e3 * ours:.3f} ms"
             f"{graph}; {ours / r['floor_s']:.2f} of the byte floor{_nearest(r)}"
         )
     for r in _records(results, "solvers", "solver"):
         if r["tasks"] in (8, 40):
-            cells = [r["median_s"][race.OURS], r["wall_s"], r.get("graph_s"), r.get("graph_each_s")]
+            cells = [
+                r["median_s"][race.OURS], r["wall_s"], r.get("graph_s"), r.get("graph_each_s"),
+                r.get("wall_s_torchjd"),
+            ]  # fmt: skip
             texts = ["-" if c is None else f"{1e6 * c:.1f}" for c in cells]
-            heads = ("device", "wall", "graph", "one of many")
+            heads = ("device", "wall", "graph", "one of many", "TorchJD's wall")
             yield f"solver {r['name']:12} T={r['tasks']:<3} us: " + ", ".join(
                 f"{head} {text}" for head, text in zip(heads, texts, strict=True)
             )
@@ -197,7 +255,7 @@ def troubles(results: Record) -> Iterator[str]:
     """What failed, and what there was no time for."""
     for name, part in results.items():
         for r in part.get("records", []):
-            wrong = {k: r[k] for k in r if k == "error" or k.endswith("_error")}
+            wrong = {k: r[k] for k in r if k in ("error", "failed_rivals") or k.endswith("_error")}
             if wrong:
                 yield f"FAILED {name}: {r['name']}, T={r.get('tasks')}: {wrong}"
         missing = part.get("missing", [])
@@ -214,8 +272,8 @@ def show(results: Record) -> str:
         m, c = part["machine"], part.get("ceiling", {})
         limits = ", ".join(f"{k} {v / 1e9:.0f} GB/s" for k, v in c.items())
         heads.append(
-            f"{name}: {m['date']}, {m['device']}, torch {m['torch']}, operators: {m['body']}"
-            + (f"; {limits}" if limits else "")
+            f"{name}: {m['date']}, {m['device']}, torch {m['torch']}, commit {m['commit']}, "
+            f"operators: {m['body']}" + (f"; {limits}" if limits else "")
         )
     return "\n".join(
         [

@@ -1,29 +1,33 @@
 """The variants beside the shipped kernels and plain torch.
 
 python -m bench.variants                  checks and measures all on a CUDA device, some minutes
+python -m bench.variants --seconds 60     the same, what there is time for
 python -m bench.variants --quick          small sizes
 python -m bench.variants --device cpu     no GPU: checks them under the emulation, measures nothing
 
-Median of CUDA-event timings, cold L2, in turns (bench/race.py). Prints a table last and writes
-bench/results/variants-<device>.json.
+Median of CUDA-event timings, cold L2, in turns (bench/race.py). Writes
+bench/results/variants-<device>.json after every contest, and prints a table last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
+import math
 import sys
-from collections.abc import Iterator
-from datetime import date
-from pathlib import Path
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import race
-from bench.contests import Call, Contest
+from bench.contests import Contest
+from bench.gpu import machine
+from bench.gpu.bench import captured
+from bench.gpu.store import RESULTS
 from bench.variants import check
 from bench.variants.library import Library, build_cuda, build_emulated, gram_variants
 from flatmtl import ops
@@ -44,22 +48,11 @@ def gram_contest(library: Library, jac: Tensor) -> Contest:
     return Contest("gram", jac.numel() * jac.element_size(), lambda: ops.gram(jac), others)
 
 
-def captured(call: Call) -> Call:
-    """The call in a CUDA graph: torch's step takes the host longer than the device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def update_contest(library: Library, jac: Tensor, name: str) -> Contest:
-    """combine, then torch's fused optimizer, as flatmtl; beside it the variant, whose bytes are counted."""
+    """combine, then torch's fused optimizer, as flatmtl; beside it the variant, whose bytes are counted.
+
+    As CUDA graphs: torch's step takes the host longer than the device.
+    """
     tasks, columns = jac.shape
     given = (check.SGD if name == "sgd" else check.ADAMW)[0]
     options: dict[str, Any] = dict(given)
@@ -85,30 +78,49 @@ def update_contest(library: Library, jac: Tensor, name: str) -> Contest:
     return Contest(f"combine, {name}", moved, captured(two_kernels), others)
 
 
-def contests(library: Library, columns: int) -> Iterator[tuple[int, torch.dtype, Contest]]:
-    """(T, dtype, contest); a J at a time is held."""
-    for dtype in DTYPES:
-        for tasks in sorted({*GRAM_TASKS, *UPDATE_TASKS}):
-            jac = torch.randn(tasks, columns, device="cuda", dtype=dtype)
-            if tasks in GRAM_TASKS:
-                yield tasks, dtype, gram_contest(library, jac)
-            if tasks in UPDATE_TASKS:
-                for name in ("sgd", "adamw"):
-                    yield tasks, dtype, update_contest(library, jac, name)
+def cases() -> list[tuple[int, torch.dtype, Callable[[Library, Tensor], Contest]]]:
+    """(T, dtype, the contest on such a J) of every contest."""
+    makers = {"sgd": UPDATE_TASKS, "adamw": UPDATE_TASKS, "gram": GRAM_TASKS}
+    return [
+        (tasks, dtype, gram_contest if name == "gram" else partial(update_contest, name=name))
+        for dtype in DTYPES
+        for name, sizes in makers.items()
+        for tasks in sizes
+    ]
 
 
-def measure(library: Library, columns: int, seconds: float) -> list[Record]:
-    """Every contest, with a copy of 1 GiB in turn with it as the ceiling."""
+def measure(
+    library: Library,
+    columns: int,
+    turn: float,
+    end: float,
+    save: Callable[[list[Record], int], None],
+) -> list[Record]:
+    """Every contest that begins before ``end``, with a copy of 1 GiB in turn with it as the ceiling.
+
+    Args:
+        library: the variants.
+        columns: P.
+        turn: seconds of a contest.
+        end: of ``time.monotonic``.
+        save: takes the records and how many there will not be, after every contest.
+    """
     clock = race.DeviceClock()
-    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPIED, dtype=torch.uint8, device=library.device)
     target = torch.empty_like(source)
-    records = []
-    for tasks, dtype, contest in contests(library, columns):
+    records: list[Record] = []
+    for tasks, dtype, make in cases():
+        if time.monotonic() >= end:
+            break
+        jac = torch.randn(tasks, columns, device=library.device, dtype=dtype)
+        contest = make(library, jac)
         contest.yardsticks["copy"] = (lambda: target.copy_(source), 2 * COPIED)
         about = {"name": contest.name, "tasks": tasks, "columns": columns}
         about["dtype"] = str(dtype).removeprefix("torch.")
-        records.append(about | race.run(contest, clock, seconds=seconds))
+        records.append(about | race.run(contest, clock, seconds=turn))
         print(line(records[-1]), flush=True)
+        save(records, len(cases()) - len(records))
+        del contest, jac  # before the next J
     return records
 
 
@@ -139,10 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="small P")
-    arguments = parser.parse_args()
-    device, quick = arguments.device, arguments.quick
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device and a torch built for CUDA")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="how long it may take")
+    given = parser.parse_args()
+    device, end = given.device, time.monotonic() + given.seconds
+    if why := machine.refusal(device):
+        parser.error(why)
     if device == "cpu":
         good = check_all(Library(build_emulated(), device), 1031)
         sys.exit(not good)
@@ -151,22 +164,24 @@ def main() -> None:
     library = Library(build_cuda(f"{major}{minor}"), device)
     if not check_all(library, 100_003):
         sys.exit("a variant is wrong: nothing was measured")
-    machine = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name(),
-    }
+    about = machine.describe(device)
+    name = f"variants-{machine.short_name(about)}{'-quick' if given.quick else ''}.json"
+
+    def save(records: list[Record], left_out: int) -> None:
+        results = {"machine": about, "records": records, "left_out": left_out}
+        (RESULTS / name).write_text(json.dumps(results, indent=1))
+
     records = measure(
         library,
-        QUICK_COLUMNS if quick else COLUMNS,
-        QUICK_SECONDS if quick else SECONDS,
+        QUICK_COLUMNS if given.quick else COLUMNS,
+        QUICK_SECONDS if given.quick else SECONDS,
+        end,
+        save,
     )
-    name = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    results = Path(__file__).parents[1] / "results"
-    path = results / f"variants-{name}{'-quick' if quick else ''}.json"
-    path.write_text(json.dumps({"machine": machine, "records": records}, indent=1))
-    print(f"wrote {path}", *map(line, records), sep="\n")
+    print(*map(line, records), sep="\n")
+    if not records:
+        sys.exit(f"there was no time for a contest in {given.seconds:g} s")
+    print(f"wrote {RESULTS / name}: {len(records)} of {len(cases())} contests")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Builds library.cu, by nvcc or by g++ with the emulation of CUDA, and calls it with torch tensors."""
+"""Builds library.cu, by nvcc or by g++ with the emulation of CUDA, and calls it with torch tensors.
+
+python -m bench.variants.library 90     builds it by nvcc for one architecture; needs no GPU
+"""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -39,17 +43,24 @@ def _compile(command: list[str | Path], log: Path) -> None:
 
 
 def build_cuda(arch: str, folder: Path = BUILD) -> Path:
-    """For one architecture, as ``"90"``. Leaves what bench/ptxas_report.py reads beside it."""
+    """For one architecture, as ``"90"``, unless one newer than its sources is there.
+
+    Leaves what bench/ptxas_report.py reads beside it.
+    """
+    out = folder / f"variants-{arch}.so"
+    sources = [*SOURCE.parent.glob("*.cu*"), *(ROOT / "csrc").rglob("*.*h")]
+    if out.exists() and out.stat().st_mtime > max(file.stat().st_mtime for file in sources):
+        return out
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise RuntimeError("nvcc must be on the PATH, got none")
     folder.mkdir(parents=True, exist_ok=True)
     code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    unit, out = folder / "library.o", folder / "variants.so"
+    unit, linked = folder / "library.o", folder / "linked.so"
     flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC", "-Xptxas", "-v", code]
     _compile([nvcc, *flags, "-c", SOURCE, "-o", unit], folder / "library.log")
-    _compile([nvcc, "-shared", code, unit, "-o", out], folder / "link.txt")
-    return out
+    _compile([nvcc, "-shared", code, unit, "-o", linked], folder / "link.txt")
+    return linked.replace(out)  # a build that is stopped leaves none
 
 
 def build_emulated(folder: Path = BUILD) -> Path:
@@ -162,3 +173,7 @@ def _rows(jac: Tensor) -> tuple[object, ...]:
 def _weighted(jac: Tensor, weights: Tensor) -> tuple[object, ...]:
     dtype, address, stride, tasks, columns = _rows(jac)
     return dtype, address, stride, _address(weights), tasks, columns
+
+
+if __name__ == "__main__":
+    print(f"built {build_cuda(*sys.argv[1:2])}")
