@@ -134,7 +134,8 @@ def test_which_flatmtl_is_to_be_installed(cuda, driver, advice):
 def test_a_library_that_is_gone():
     assert _mismatch.not_there(CU13, Here("2.13.0", "13.0", 13000)) == (
         "missing: this flatmtl was built by CUDA 13.0 for 8.0;9.0;10.0;12.0+PTX, with torch 2.13.0, and "
-        "its file is gone: install it again"
+        "its file is gone; here are torch 2.13.0 for CUDA 13.0 and a driver for CUDA 13.0: install it "
+        "again"
     )
 
 

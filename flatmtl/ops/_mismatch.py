@@ -93,7 +93,10 @@ def old_driver(build: Build, here: Here) -> str:
 def not_there(build: Build, here: Here) -> str:
     """What is said where there is no CUDA library beside a torch with CUDA."""
     if build.cuda:
-        return f"missing: this flatmtl was {_this_build(build)}, and its file is gone: install it again"
+        return (
+            f"missing: this flatmtl was {_this_build(build)}, and its file is gone; here are "
+            f"{_this_place(here)}: install it again"
+        )
     advice = _fitting(here) or UPDATE
     return (
         f"not built: this flatmtl was {_this_build(build)}; here are {_this_place(here)}: {advice}"
