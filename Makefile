@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 # CUDA build comes, which takes 7 GB each and works without a GPU.
 SMOKE ?= torch==2.10.0 torch==2.15.0
 CUDA ?= 13.0
+# Architectures of a wheel where they are to be others than those that the README promises.
+ARCHS ?=
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= $(shell nproc)
@@ -73,11 +75,13 @@ cuda-check: install
 	diff -q docs/kernels_static.md build/kernels_static.md || \
 	  { echo "docs/kernels_static.md must be what CUDA 13.0 makes of the kernels: copy build/kernels_static.md there"; exit 1; }
 
+# A PYTHON that was asked for must be that of the environment, which may be an older one.
 wheel: $(VENV)/.torch
-	BIN=$(BIN) SMOKE="$(SMOKE)" .ci/wheel $(CUDA)
+	BIN=$(BIN) PYTHON="$(if $(filter file,$(origin PYTHON)),,$(PYTHON))" ARCHS="$(ARCHS)" SMOKE="$(SMOKE)" \
+	  .ci/wheel $(CUDA)
 
 wheel-check: install
-	BIN=$(BIN) SMOKE="$(TORCH)" .ci/wheel built
+	BIN=$(BIN) PYTHON= ARCHS="$(ARCHS)" SMOKE="$(TORCH)" .ci/wheel built
 
 sdist: $(VENV)/.torch
 	BIN=$(BIN) SMOKE="$(TORCH)" .ci/sdist

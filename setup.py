@@ -121,11 +121,26 @@ def clang_toolkit(clang: str, home: Path) -> Toolkit:
         sys.exit(f"FLATMTL_CUDA_CLANG needs a CUDA toolkit in CUDA_HOME: there is no {about}")
     version = ".".join(json.loads(about.read_text())["cuda"]["version"].split(".")[:2])
     archs = wanted_archs(CLANG_ARCHS)
+    refuse_unknown(archs, clang)
     compiler = (
         f"{clang} -x cuda --cuda-path={home} -fPIC -fvisibility=hidden -fvisibility-inlines-hidden"
         f" -Wno-unknown-cuda-version -Xcuda-ptxas -v {clang_archs(archs)}"
     )
     return Toolkit(version, compiler, archs, f"-L{home}/lib64 -lcudart")
+
+
+def refuse_unknown(archs: str, clang: str) -> None:
+    """Ends the build for an architecture that this clang does not know."""
+    command = [clang, "--print-supported-cpus", "--target=nvptx64-nvidia-cuda"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    known = re.findall(r"\bsm_(\d+)(\d)([af]?)\b", listed.stdout + listed.stderr)
+    names = [f"{major}.{minor}{kind}" for major, minor, kind in known if int(major) >= 8]
+    for entry in archs.replace(";", " ").split():
+        if entry.removesuffix("+PTX") not in names:
+            sys.exit(
+                f"TORCH_CUDA_ARCH_LIST must list architectures that {clang} knows "
+                f"({', '.join(names) or 'none from 8.0 on'}), got {entry}"
+            )
 
 
 def clang_archs(archs: str) -> str:
@@ -142,7 +157,10 @@ def clang_archs(archs: str) -> str:
 def wanted_archs(default: str) -> str:
     """TORCH_CUDA_ARCH_LIST, or the default; refused where the kernels cannot be compiled for it."""
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
-    for entry in archs.replace(";", " ").split():
+    entries = archs.replace(";", " ").split()
+    if not entries:
+        sys.exit(f"TORCH_CUDA_ARCH_LIST must list at least one architecture, got {archs!r}")
+    for entry in entries:
         found = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", entry)
         if found is None:
             sys.exit(f"TORCH_CUDA_ARCH_LIST must list numbers such as 9.0 or 9.0+PTX, got {entry}")

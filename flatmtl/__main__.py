@@ -30,9 +30,15 @@ def _devices(build: _mismatch.Build, here: _mismatch.Here) -> list[str]:
     """Each device's name and capability, and whether the build has code for it."""
     found = []
     for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
+        try:  # starts CUDA, which an old driver refuses after it has counted its devices
+            major, minor = torch.cuda.get_device_capability(i)
+            name = torch.cuda.get_device_name(i)
+        except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            found.append(f"{i} cannot be asked ({reason})")
+            continue
         covered = _mismatch.coverage(build, here, (major, minor))
-        found.append(f"{torch.cuda.get_device_name(i)} (capability {major}.{minor}: {covered})")
+        found.append(f"{name} (capability {major}.{minor}: {covered})")
     return found or ["none"]
 
 

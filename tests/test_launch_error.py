@@ -48,8 +48,8 @@ def test_both_sides_are_named(text):
     assert said == (
         "flatmtl's CUDA library cannot run on device 1 (cudaErrorNoKernelImageForDevice): it was built "
         "by CUDA 13.2 for the architectures 8.0;9.0+PTX; the device has capability 11.0 and the driver "
-        "supports CUDA 13.0: build flatmtl with TORCH_CUDA_ARCH_LIST=11.0 (`python -m flatmtl info` "
-        "says more)"
+        "supports CUDA 13.0: build flatmtl with TORCH_CUDA_ARCH_LIST=11.0; with FLATMTL_CUDA=0 in the "
+        "environment flatmtl runs on its reference operators (`python -m flatmtl info` says more)"
     )
 
 
@@ -62,7 +62,7 @@ def test_both_sides_are_named(text):
             NO_IMAGE,
             75,
             13020,
-            "need 8.0 or later; built with FLATMTL_CUDA=0 it runs on its reference",
+            "need 8.0 or later; with FLATMTL_CUDA=0 in the environment flatmtl runs on its reference",
         ),
         (NO_FUNCTION, 0, 0, "build flatmtl with TORCH_CUDA_ARCH_LIST=the device's capability"),
         (
@@ -71,9 +71,15 @@ def test_both_sides_are_named(text):
             13000,
             "update the driver to one for CUDA 13.2, or build flatmtl with TORCH",
         ),
-        (OLD_DRIVER, 90, 12040, "update the driver, or install a flatmtl for CUDA 12"),
-        (OLD_DRIVER, 90, 11080, "the driver supports CUDA 11.8: update the driver ("),
-        (OLD_DRIVER, 0, 0, "no driver was found: update the driver ("),
+        (
+            OLD_DRIVER,
+            90,
+            12040,
+            "update the driver, or install a flatmtl for CUDA 12 beside a torch for CUDA 12;",
+        ),
+        (OLD_DRIVER, 90, 13000, "the driver supports CUDA 13.0: update the driver;"),
+        (OLD_DRIVER, 90, 11080, "the driver supports CUDA 11.8: update the driver;"),
+        (OLD_DRIVER, 0, 0, "no driver was found: update the driver;"),
     ],
 )
 def test_what_is_to_be_done(text, code, capability, driver, advice):

@@ -64,6 +64,11 @@ def test_an_old_driver_is_named_beside_what_the_build_needs():
     )
 
 
+def test_a_torch_that_needs_a_newer_driver_itself_has_no_other_way_out():
+    text = _mismatch.old_driver(CU13, Here("2.13.0", "13.0", 12040))
+    assert text.endswith("a driver for CUDA 12.4: update the driver")
+
+
 def test_no_flatmtl_is_for_drivers_older_than_any_toolkit():
     text = _mismatch.old_driver(CU12, Here("2.10.0", "12.6", 11080))
     assert text.endswith("a driver for CUDA 11.8: update the driver")
@@ -82,14 +87,15 @@ def test_driver_floor(toolkit, floor):
 
 
 @pytest.mark.parametrize(
-    ("error", "advice"),
+    ("error", "driver", "advice"),
     [
-        ("libcudart.so.12: cannot open shared object file", "install a flatmtl for CUDA 13"),
-        ("undefined symbol: aoti_torch_new_thing", "build flatmtl from source with this torch"),
+        ("libcudart.so.12: cannot open shared object file", 13000, "for CUDA 13, or build it"),
+        ("libcudart.so.12: cannot open shared object file", 12080, "update the driver, which this"),
+        ("undefined symbol: aoti_torch_new_thing", 13000, "build flatmtl from source with this"),
     ],
 )
-def test_a_library_that_does_not_load(error, advice):
-    text = _mismatch.not_loaded(CU12, Here("2.13.0", "13.0", 13000), error)
+def test_a_library_that_does_not_load(error, driver, advice):
+    text = _mismatch.not_loaded(CU12, Here("2.13.0", "13.0", driver), error)
     assert error in text
     for fact in ("CUDA 12.8", "8.0;9.0+PTX", "torch 2.12.0", "torch 2.13.0 for CUDA 13.0"):
         assert fact in text
@@ -100,10 +106,37 @@ def test_a_library_that_does_not_load(error, advice):
     ("build", "said"), [(NO_CUDA, "built with torch 2.13.0+cpu, without CUDA"), (PURE, "installed")]
 )
 def test_a_build_without_cuda(build, said):
-    text = _mismatch.not_built(build, Here("2.13.0", "13.0", 13000))
+    text = _mismatch.not_there(build, Here("2.13.0", "13.0", 13000))
+    assert text.startswith("not built: ")
     assert said in text
     assert "torch 2.13.0 for CUDA 13.0 and a driver for CUDA 13.0" in text
     assert "install a flatmtl for CUDA 13" in text
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "advice"),
+    [
+        ("13.0", 13000, "install a flatmtl for CUDA 13"),
+        ("12.8", 13000, "install a flatmtl for CUDA 13"),  # it holds its own runtime
+        ("12.8", 12040, "install a flatmtl for CUDA 12"),
+        ("13.0", 14000, "install a flatmtl for CUDA 13"),
+        ("12.8", 0, "install a flatmtl for CUDA 12"),
+        ("14.0", 0, "install a flatmtl for CUDA 13"),
+        ("13.0", 12040, "update the driver, which this torch needs too"),
+        ("12.6", 11080, "update the driver, which this torch needs too"),
+    ],
+)
+def test_which_flatmtl_is_to_be_installed(cuda, driver, advice):
+    text = _mismatch.not_there(NO_CUDA, Here("2.13.0", cuda, driver))
+    assert text.rpartition(": ")[2].startswith(advice)
+
+
+def test_a_library_that_is_gone():
+    assert _mismatch.not_there(CU13, Here("2.13.0", "13.0", 13000)) == (
+        "missing: this flatmtl was built by CUDA 13.0 for 8.0;9.0;10.0;12.0+PTX, with torch 2.13.0, and "
+        "its file is gone; here are torch 2.13.0 for CUDA 13.0 and a driver for CUDA 13.0: install it "
+        "again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,6 +151,7 @@ def test_a_build_without_cuda(build, said):
         ("8.0;9.0", (10, 0), ""),
         ("8.0;9.0+PTX", (10, 3), "PTX of 9.0"),
         ("8.0+PTX;9.0", (9, 0), "9.0"),
+        ("9.0+PTX;8.0+PTX", (10, 0), "PTX of 9.0"),
         ("8.0;9.0;10.0;12.0+PTX", (11, 0), ""),
         ("8.0;9.0;10.0;12.0+PTX", (12, 1), "12.0"),
         ("9.0a", (9, 0), "9.0a"),
@@ -188,8 +222,11 @@ def _foreign(package: Path) -> None:
     runtime.unlink()
 
 
-def _imported(package: Path, *, cuda: str, driver: int) -> dict:
-    """What importing the copy leads to, beside a driver that supports this CUDA version."""
+def _imported(package: Path, *, cuda: str, driver: int, choice: str = "auto") -> dict:
+    """What importing the copy leads to, beside a driver that supports this CUDA version.
+
+    ``choice`` is FLATMTL_CUDA in its environment.
+    """
     drivers = package.parent / "driver"
     drivers.mkdir()
     source = f"int cuDriverGetVersion(int *version) {{ *version = {driver}; return 0; }}"
@@ -197,7 +234,12 @@ def _imported(package: Path, *, cuda: str, driver: int) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, cuda],
         cwd=package.parent,
-        env={**os.environ, "LD_LIBRARY_PATH": str(drivers), "PYTHONPATH": str(package.parent)},
+        env={
+            **os.environ,
+            "LD_LIBRARY_PATH": str(drivers),
+            "PYTHONPATH": str(package.parent),
+            "FLATMTL_CUDA": choice,
+        },
         capture_output=True,
         text=True,
     )
@@ -224,6 +266,15 @@ def test_a_library_for_another_cuda_is_named_and_all_goes_on(package):
 
 
 @compiler
+def test_a_library_that_is_left_out_is_not_opened_and_nothing_is_said(package):
+    _foreign(package)
+    found = _imported(package, cuda="13.0", driver=13000, choice="0")
+    assert found["said"] == []
+    assert found["missing"]["cuda"] == "left out by FLATMTL_CUDA=0"
+    assert found["bodies"][1] == "reference"
+
+
+@compiler
 def test_a_package_without_libraries_says_so_once(package):
     for library in package.glob("*.so"):
         library.unlink()
@@ -247,7 +298,7 @@ LINKER = OSError("libcudart.so.12: cannot open shared object file")
         (Here("2.13.0", "13.0", 13000), True, LINKER, True, "cannot be loaded (libcudart.so.12: "),
         (Here("2.13.0", "13.0", 0), True, LINKER, True, ""),  # no driver: no CUDA tensors
         (Here("2.13.0", "12.8", 12080), True, None, False, "the driver is too old"),
-        (Here("2.13.0", "13.0", 13000), False, None, False, "not built: this flatmtl was built by"),
+        (Here("2.13.0", "13.0", 13000), False, None, False, "missing: this flatmtl was built by"),
         (Here("2.13.0", None, 0), True, None, False, ""),
     ],
 )
@@ -262,6 +313,7 @@ def test_what_is_loaded_and_said(here, there, error, tried, said, monkeypatch, t
         if error is not None:
             raise OSError(f"Could not load this library: {name}") from error
 
+    monkeypatch.delenv("FLATMTL_CUDA", raising=False)
     monkeypatch.setattr(torch.ops, "load_library", load_library)
     monkeypatch.setattr(_library, "LIBRARIES", {"cuda": path})
     monkeypatch.setattr(_library, "missing", {})

@@ -4,7 +4,6 @@ The wheels themselves are built, audited and tried by `make wheel` and `make whe
 """
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -106,6 +105,65 @@ def test_symbols_of_torch_in_a_list_of_all():
     assert audit.torch_symbols(text) == ["aoti_torch_get_dim", "torch_list_size"]
 
 
+@pytest.mark.parametrize(
+    ("made", "cuda", "asked", "wrong"),
+    [
+        ("8.0;9.0;10.0;12.0+PTX", "13.0", "", []),
+        ("8.0;9.0+PTX", "12.8", "", []),
+        ("9.0", "13.0", "", ["was built for 9.0, not 8.0;9.0;10.0;12.0+PTX"]),
+        ("8.0;9.0;10.0;12.0", "13.0", "", ["was built for 8.0;9.0;10.0;12.0, not "]),
+        ("9.0", "13.0", "9.0", []),
+        ("8.6 9.0", "13.0", "8.6;9.0", []),
+        ("8.0;9.0;10.0;12.0+PTX", "13.0", "9.0", ["was built for 8.0;9.0;10.0;12.0+PTX, not 9.0"]),
+    ],
+)
+def test_the_architectures_of_a_wheel(made, cuda, asked, wrong):
+    found = audit.wrong_build({"cuda": cuda, "cuda_archs": made}, cuda, asked)
+    assert len(found) == len(wrong)
+    assert all(text.startswith(start) for text, start in zip(found, wrong, strict=True))
+
+
+def test_the_toolkit_of_a_wheel():
+    made = {"cuda": "13.0", "cuda_archs": audit.PROMISED["13"]}
+    assert audit.wrong_build(made, "13.2", "") == ["was built by CUDA 13.0, not 13.2"]
+
+
+def test_what_a_build_says_without_the_package():
+    core = pytest.importorskip("flatmtl._core")
+    assert audit.built_by(Path(core.__file__)) == core.build_info()
+
+
+def test_the_readme_promises_what_is_built():
+    """Its table, the audit and the defaults of setup.py are one list."""
+    rows = re.findall(
+        r"^\| `\+cu(\d\d)\d` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == len(toolkit.RELEASES)
+    source = (ROOT / "setup.py").read_text()
+    for major, row in rows:
+        archs = audit.PROMISED[major]
+        machine, later = (cell.strip() for cell in row.split("|")[2:])
+        assert machine == archs.replace("+PTX", "").replace(";", ", ")
+        assert later.startswith(f"PTX of {archs.split(';')[-1].removesuffix('+PTX')}")
+        name = {"12": "CLANG_ARCHS", "13": "ARCHS"}[major]
+        assert re.search(rf'^{name} = "{re.escape(archs)}"', source, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("tag", "refused"),
+    [
+        ("manylinux_2_17_x86_64.manylinux2014_x86_64", False),
+        ("manylinux_2_34_x86_64", False),
+        ("manylinux_2_35_x86_64", False),
+        ("manylinux_2_39_x86_64", True),
+        ("manylinux_3_1_x86_64", True),
+        ("linux_x86_64", True),
+    ],
+)
+def test_a_wheel_for_newer_systems_only(tag, refused):
+    assert audit.too_new(f"flatmtl-0.1.0+cu128-cp311-cp311-{tag}.whl", "2.35") is refused
+
+
 def test_files_that_are_no_part_of_the_package():
     mine = ["flatmtl/ops/_library.py", "flatmtl-0.1.0+cu130.dist-info/RECORD"]
     assert audit.foreign(mine) == []
@@ -157,24 +215,3 @@ def test_the_version_of_a_wheel(local):
     )
     base = re.sub(r"\+.*", "", flatmtl.__version__)
     assert done.stdout.split()[-1] == (f"{base}+{local}" if local else base)
-
-
-def test_clang_is_asked_for_by_name(tmp_path):
-    """Neither a missing clang nor a missing toolkit leaves CUDA out in silence."""
-
-    def build(**environment):
-        return subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, "FLATMTL_LOCAL_VERSION": "asked", **environment},
-            capture_output=True,
-            text=True,
-        )
-
-    missing = build(FLATMTL_CUDA_CLANG="no-such-clang")
-    assert missing.returncode != 0
-    assert "FLATMTL_CUDA_CLANG=no-such-clang is not on the PATH" in missing.stderr
-    (tmp_path / "version.json").write_text(json.dumps({}))
-    toolless = build(FLATMTL_CUDA_CLANG="g++", CUDA_HOME=str(tmp_path / "none"))
-    assert toolless.returncode != 0
-    assert "needs a CUDA toolkit in CUDA_HOME" in toolless.stderr

@@ -39,19 +39,19 @@ inline std::string mismatch_text(const Mismatch& found) {
   switch (found.code) {
     case kOldDriver:
       advice = "update the driver";
-      if (found.driver >= 12000)  // no toolkit that builds flatmtl is older
-        advice += ", or install a flatmtl for CUDA " + std::to_string(found.driver / 1000);
+      if (found.driver >= 12000 && found.driver / 1000 < found.toolkit / 1000) {
+        // no toolkit that builds flatmtl is older; what torch is for is not known here
+        const std::string major = std::to_string(found.driver / 1000);
+        advice += ", or install a flatmtl for CUDA " + major + " beside a torch for CUDA " + major;
+      }
       break;
     case kNewPtx:
       advice = "update the driver to one for CUDA " + toolkit + ", or " + rebuild;
       break;
     case kNoFunction:
     case kNoImage:
-      advice =
-          found.capability && found.capability < 80
-              ? "flatmtl's kernels need 8.0 or later; built with FLATMTL_CUDA=0 it runs on its "
-                "reference operators there"
-              : rebuild;
+      advice = found.capability && found.capability < 80 ? "flatmtl's kernels need 8.0 or later"
+                                                         : rebuild;
       break;
     default:
       return "";
@@ -63,6 +63,7 @@ inline std::string mismatch_text(const Mismatch& found) {
   return "flatmtl's CUDA library cannot run on device " + std::to_string(found.device) + " (" +
          found.name + "): it was built by CUDA " + toolkit + " for the architectures " +
          found.archs + "; " + device + " and " + driver + ": " + advice +
+         "; with FLATMTL_CUDA=0 in the environment flatmtl runs on its reference operators"
          " (`python -m flatmtl info` says more)";
 }
 

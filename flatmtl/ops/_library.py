@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from pathlib import Path
 
@@ -47,14 +48,21 @@ def here() -> _mismatch.Here:
     return _mismatch.Here(str(torch.__version__), cuda, 0 if cuda is None else _driver())
 
 
+def _left_out() -> bool:
+    """Whether the environment wants no CUDA library: by the name that leaves it out of a build."""
+    return os.environ.get("FLATMTL_CUDA") == "0"
+
+
 def _load(device: str, made: _mismatch.Build, found: _mismatch.Here) -> str:
     """Loads a device's library; returns what stands against it, or ""."""
     path = LIBRARIES[device]
     if device == "cuda":
         if found.cuda is None:
             return "this torch has no CUDA"
+        if _left_out():
+            return "left out by FLATMTL_CUDA=0"
         if not path.exists():
-            return _mismatch.not_built(made, found)
+            return _mismatch.not_there(made, found)
         if refusal := _mismatch.old_driver(made, found):
             return refusal
     elif not path.exists():
@@ -73,8 +81,9 @@ def load() -> None:
     for device in LIBRARIES:
         if why := _load(device, made, found):
             missing[device] = why
-    # without a driver there are no CUDA tensors, and nothing to say of them
-    said = [device for device in missing if device == "cpu" or found.driver]
+    # of CUDA there is nothing to say without a driver, hence without CUDA tensors, nor if it was asked for
+    silent = not found.driver or _left_out()
+    said = [device for device in missing if device == "cpu" or not silent]
     if said:
         devices = " and ".join(device.upper() for device in said)
         reasons = "; ".join(f"{LIBRARIES[device].name}: {missing[device]}" for device in said)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 # CUDA's major version -> the first Linux driver that runs what its toolkits build
 DRIVERS = {12: "525", 13: "580"}
+UPDATE = "update the driver, which this torch needs too"
 
 
 class Build(NamedTuple):
@@ -54,7 +55,18 @@ def _this_place(here: Here) -> str:
     return f"torch {here.torch} for CUDA {here.cuda or 'none'} and {driver}"
 
 
-def _other(major: int) -> str:
+def _fitting(here: Here) -> str:
+    """Which flatmtl torch and driver run; "" where the driver is older than this torch needs.
+
+    A library of CUDA 13 holds its runtime and asks for a driver alone; one of 12 takes the runtime of a
+    torch for 12.
+    """
+    assert here.cuda is not None
+    torch = _major(here.cuda)
+    driver = here.driver // 1000 or torch  # without one, as if it were torch's
+    if driver < torch:
+        return ""
+    major = min(driver, max(DRIVERS))
     return (
         f"install a flatmtl for CUDA {major}, or build it from source with a CUDA {major} toolkit"
     )
@@ -71,20 +83,23 @@ def old_driver(build: Build, here: Here) -> str:
     """Why a library of this build must not be loaded: its launches would fail. "" if it may."""
     if not build.cuda or not here.driver or here.driver // 1000 >= _major(build.cuda):
         return ""
-    major = here.driver // 1000
-    other = f", or {_other(major)}" if major in DRIVERS else ""
+    advice = f"update the driver, or {other}" if (other := _fitting(here)) else "update the driver"
     return (
         f"the driver is too old: it is {_this_build(build)}, which needs a driver for "
-        f"{driver_floor(build.cuda)}; here are {_this_place(here)}: update the driver{other}"
+        f"{driver_floor(build.cuda)}; here are {_this_place(here)}: {advice}"
     )
 
 
-def not_built(build: Build, here: Here) -> str:
+def not_there(build: Build, here: Here) -> str:
     """What is said where there is no CUDA library beside a torch with CUDA."""
-    assert here.cuda is not None
+    if build.cuda:
+        return (
+            f"missing: this flatmtl was {_this_build(build)}, and its file is gone; here are "
+            f"{_this_place(here)}: install it again"
+        )
+    advice = _fitting(here) or UPDATE
     return (
-        f"not built: this flatmtl was {_this_build(build)}; here are {_this_place(here)}: "
-        f"{_other(_major(here.cuda))}"
+        f"not built: this flatmtl was {_this_build(build)}; here are {_this_place(here)}: {advice}"
     )
 
 
@@ -92,7 +107,7 @@ def not_loaded(build: Build, here: Here, error: str) -> str:
     """What is said of a library that the linker refuses, with the linker's own words."""
     advice = "build flatmtl from source with this torch"
     if here.cuda is not None and re.search(r"libcudart\.so\.\d+", error):
-        advice = _other(_major(here.cuda))
+        advice = _fitting(here) or UPDATE
     return (
         f"cannot be loaded ({error}): it was {_this_build(build)}; here are "
         f"{_this_place(here)}: {advice}"
@@ -106,10 +121,10 @@ def covered_by(archs: str, capability: tuple[int, int]) -> str:
     """The entry of ``archs`` whose code runs on a device of this capability; "" if none does.
 
     Machine code runs on devices of the same major version from its minor on ("a": on its own alone), PTX
-    on all later ones.
+    on all later ones, of which the driver takes the newest.
     """
-    found, translated = "", ""
-    best = (-1, -1)
+    found = ""
+    best = translated = (-1, -1)
     for entry in archs.replace(";", " ").split():
         match = _ARCH.fullmatch(entry)
         if match is None:
@@ -120,8 +135,10 @@ def covered_by(archs: str, capability: tuple[int, int]) -> str:
         if same and arch > best:
             found, best = entry.removesuffix("+PTX"), arch
         if match[4] and not match[3] and arch <= capability:
-            translated = f"PTX of {arch[0]}.{arch[1]}"
-    return found or translated
+            translated = max(translated, arch)
+    if found or translated == (-1, -1):
+        return found
+    return f"PTX of {translated[0]}.{translated[1]}"
 
 
 def coverage(build: Build, here: Here, capability: tuple[int, int]) -> str:
