@@ -129,13 +129,18 @@ def clang_toolkit(clang: str, home: Path) -> Toolkit:
     return Toolkit(version, compiler, archs, f"-L{home}/lib64 -lcudart")
 
 
+def entries_of(archs: str) -> list[str]:
+    """The architectures of a list like "8.0;9.0+PTX"."""
+    return archs.replace(";", " ").split()
+
+
 def refuse_unknown(archs: str, clang: str) -> None:
     """Ends the build for an architecture that this clang does not know."""
     command = [clang, "--print-supported-cpus", "--target=nvptx64-nvidia-cuda"]
     listed = subprocess.run(command, capture_output=True, text=True)
     known = re.findall(r"\bsm_(\d+)(\d)([af]?)\b", listed.stdout + listed.stderr)
     names = [f"{major}.{minor}{kind}" for major, minor, kind in known if int(major) >= 8]
-    for entry in archs.replace(";", " ").split():
+    for entry in entries_of(archs):
         if entry.removesuffix("+PTX") not in names:
             sys.exit(
                 f"TORCH_CUDA_ARCH_LIST must list architectures that {clang} knows "
@@ -146,7 +151,7 @@ def refuse_unknown(archs: str, clang: str) -> None:
 def clang_archs(archs: str) -> str:
     """clang's flags for a list like "8.0;9.0+PTX"."""
     flags = ["--no-cuda-include-ptx=all"]
-    for entry in archs.replace(";", " ").split():
+    for entry in entries_of(archs):
         arch = "sm_" + entry.removesuffix("+PTX").replace(".", "")
         flags.append(f"--cuda-gpu-arch={arch}")
         if entry.endswith("+PTX"):
@@ -157,7 +162,7 @@ def clang_archs(archs: str) -> str:
 def wanted_archs(default: str) -> str:
     """TORCH_CUDA_ARCH_LIST, or the default; refused where the kernels cannot be compiled for it."""
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
-    entries = archs.replace(";", " ").split()
+    entries = entries_of(archs)
     if not entries:
         sys.exit(f"TORCH_CUDA_ARCH_LIST must list at least one architecture, got {archs!r}")
     for entry in entries:
@@ -175,7 +180,7 @@ def wanted_archs(default: str) -> str:
 def gencode(archs: str) -> str:
     """nvcc's -gencode flags for a list like "8.0;9.0+PTX"."""
     flags = []
-    for entry in archs.replace(";", " ").split():
+    for entry in entries_of(archs):
         number = entry.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):

@@ -349,11 +349,12 @@ class Engine:
             cuda_graphs.refuse(
                 "sharpness must not be SAMO or CoopFlat, which draw by generators of their own,"
             )
-        if self.roles is None or self.steps == 0:
+        roles = self.roles
+        if roles is None or self.steps == 0:
             cuda_graphs.refuse(
                 "a step must have been made before: buffers and states begin with it, and must not"
             )
-        if self._loaded is not None or self.roles is None or self._changed(self.roles):
+        elif self._loaded is not None or self._changed(roles):
             cuda_graphs.refuse(
                 "params must be those of the step before: what belongs to them must not begin"
             )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flatmtl import cuda_graphs
 from flatmtl.losses import TaskName
 
 Act = Callable[[list[bool]], None]
@@ -44,7 +45,7 @@ class Watch:
         if flags.device.type != "cuda":
             act(flags.tolist())
             return
-        if torch.cuda.is_current_stream_capturing():
+        if cuda_graphs.capturing():
             return  # a captured step has no host to act on
         host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         host.copy_(flags, non_blocking=True)
@@ -55,7 +56,7 @@ class Watch:
     def poll(self) -> None:
         """Acts on the flags that have arrived."""
         self._polls += 1
-        if not self._waiting or torch.cuda.is_current_stream_capturing():
+        if not self._waiting or cuda_graphs.capturing():
             return
         while self._waiting and self._due(*self._waiting[0]):
             _, host, act, _ = self._waiting.pop(0)

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from methods import make
+from step_options import KINDS, SHARP
 from tape import taped
 from torch import Tensor, nn
 
@@ -33,18 +34,8 @@ OTHERS = [
     if m.name not in BY_GRAM and not m.cls.looks_back and m.name != "gradnorm"
 ]
 
-KINDS = {
-    "plain": {},
-    "sam": {"sharpness": SAM(0.05)},
-}
 OPTIONS = {
-    "asam": {"sharpness": SAM(0.5, adaptive=True, eta=0.01, exempt_bias=True)},
-    "joint": {"sharpness": SAM(0.05, joint_norm=True)},
-    "direct": {"sharpness": SAM(0.05, aggregate="direct")},
-    "second": {"sharpness": SAM(0.05, aggregate="second")},
-    "each": {"sharpness": SAM(0.05, aggregate="each")},
-    "history": {"sharpness": SAM(0.05), "history": 8},
-    "bf16 rows": {"sharpness": SAM(0.05), "row_dtype": torch.bfloat16},
+    **SHARP,
     "mask": {"sharpness": SAM(0.05), "nonfinite": "mask"},
     "maml": {"sharpness": MAML(lr=0.05)},
     "by layer": {"sharpness": SAM(0.05), "weights_per": "layer"},

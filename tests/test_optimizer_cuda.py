@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from methods import make
+from step_options import KINDS, SHARP
 from torch import nn
 
 from flatmtl import SAM, SAMO, MultiTaskOptimizer, Representation
@@ -19,15 +20,8 @@ METHODS = [m.name for m in methods()]
 GRAPHED = [m.name for m in methods() if not m.cls.looks_back]  # the others are refused
 
 OPTIONS = {
-    "plain": {},
-    "sam": {"sharpness": SAM(0.05)},
-    "asam": {"sharpness": SAM(0.5, adaptive=True, eta=0.01, exempt_bias=True)},
-    "joint": {"sharpness": SAM(0.05, joint_norm=True)},
-    "direct": {"sharpness": SAM(0.05, aggregate="direct")},
-    "second": {"sharpness": SAM(0.05, aggregate="second")},
-    "each": {"sharpness": SAM(0.05, aggregate="each")},
-    "history": {"sharpness": SAM(0.05), "history": 8},
-    "bf16 rows": {"sharpness": SAM(0.05), "row_dtype": torch.bfloat16},
+    **KINDS,
+    **SHARP,
 }
 # what changes from step to step on the host, or draws by a generator that a graph does not know
 EAGER = {

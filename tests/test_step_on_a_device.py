@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from methods import make
+from step_options import KINDS, SHARP
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,21 +24,11 @@ from flatmtl.weighting import PCGrad, methods
 
 TASKS = 3
 ALL = tuple(range(TASKS))
-KINDS = {
-    "plain": {},
-    "sam": {"sharpness": SAM(0.05)},
-}
 OPTIONS = {
-    "asam": {"sharpness": SAM(0.5, adaptive=True, eta=0.01, exempt_bias=True)},
-    "joint": {"sharpness": SAM(0.05, joint_norm=True)},
-    "direct": {"sharpness": SAM(0.05, aggregate="direct")},
-    "second": {"sharpness": SAM(0.05, aggregate="second")},
-    "each": {"sharpness": SAM(0.05, aggregate="each")},
+    **SHARP,
     "every": {"sharpness": SAM(0.05, every=2)},
     "weights_every": {"sharpness": SAM(0.05), "weights_every": 2},
-    "history": {"sharpness": SAM(0.05), "history": 8},
     "mask": {"nonfinite": "mask"},
-    "bf16 rows": {"sharpness": SAM(0.05), "row_dtype": torch.bfloat16},
     "by layer": {"sharpness": SAM(0.05), "weights_per": "layer"},
     "maml": {"sharpness": MAML(lr=0.05)},
 }

@@ -49,9 +49,9 @@ constexpr bool kMmaAhead = kBlocks <= 4 || (!kSam && (sizeof(T) == 2 || kSplitAh
 
 // Blocks a multiprocessor should hold: as many as the sums' registers allow.
 template <int kBlocks, Of kOf>
-constexpr int kMmaResident = kBlocks == 2 && kOf != Of::kBoth   ? 4
-                             : kBlocks == 2 || kOf != Of::kBoth ? (kBlocks == 8 ? 2 : 3)
-                                                                : 2;
+constexpr int kMmaResident = kBlocks == 8 || (kBlocks == 4 && kOf == Of::kBoth) ? 2
+                             : kBlocks == 2 && kOf != Of::kBoth                 ? 4
+                                                                                : 3;
 
 // A pack of a row in half precision: an operand as it is.
 template <class T>
@@ -113,8 +113,8 @@ struct LaneRows {
   // Rows and columns that are not there are zero.
   __device__ void load(Pack<T, N> (&x)[kBlocks], int64_t first, int lane) const {
     const int64_t column = first + lane % kMmaLanes * N, block = 8 * rows.stride;
-    const T* address =
-        rows.row(lane / kMmaLanes);  // moves on: eight addresses would cost registers
+    // moves on: eight addresses would cost registers
+    const T* address = rows.row(lane / kMmaLanes);
     int left = tasks - lane / kMmaLanes;
     if (rows.aligned && first + kMmaLanes * N <= columns) {
 #pragma unroll
